@@ -1,0 +1,218 @@
+package firewall
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"perimeterd/knock"
+)
+
+// Firewall owns the table. Its methods may be called from several goroutines: one mutex holds over every batch, since
+// concurrent users of one batch would lose each other's messages.
+type Firewall struct {
+	log   *slog.Logger
+	netns int // file descriptor of a network namespace; 0: the thread's own
+
+	mu      sync.Mutex
+	cfg     Config
+	applied bool
+	state   mirror
+	print   [32]byte // of the table as last applied
+	gen     uint32   // ruleset generation at which print was last seen to hold
+}
+
+// New makes a Firewall; it changes nothing until Apply. Netns is a file descriptor of the network namespace to work in,
+// 0 for the caller's own.
+func New(log *slog.Logger, netns int) *Firewall {
+	return &Firewall{log: log, netns: netns, state: newMirror()}
+}
+
+// Apply makes the table hold what cfg says, in one atomic batch that touches no other table. Windows, tokens, spent
+// tokens, peers and admitted addresses stay. Fresh says that the table was not there before: nothing is known then of the
+// tokens that were spent.
+func (f *Firewall) Apply(cfg Config) (fresh bool, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if cfg.Mode != Guard {
+		return false, fmt.Errorf("firewall.mode %q: this version knows %q only", cfg.Mode, Guard)
+	}
+	if fresh, err = f.absent(); err != nil {
+		return false, err
+	}
+	if !fresh && !f.applied {
+		if err := f.readBackLocked(time.Now()); err != nil {
+			return false, err
+		}
+	}
+	if err := f.applyLocked(cfg); err != nil {
+		return false, err
+	}
+	f.cfg, f.applied = cfg, true
+	return fresh, f.rememberLocked()
+}
+
+func (f *Firewall) conn() (*nftables.Conn, error) { return nftables.New(nftables.WithNetNSFd(f.netns)) }
+
+// absent tells whether the kernel has no such table.
+func (f *Firewall) absent() (bool, error) {
+	c, err := f.conn()
+	if err != nil {
+		return false, err
+	}
+	tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return false, fmt.Errorf("list nftables tables: %w", err)
+	}
+	return !slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == TableName }), nil
+}
+
+func (f *Firewall) applyLocked(cfg Config) error {
+	if err := f.tokenSets(); err != nil {
+		return fmt.Errorf("create table inet %s: %w", TableName, err)
+	}
+	c, err := f.conn()
+	if err != nil {
+		return err
+	}
+	b := &builder{conn: c, table: newTable(), sets: map[string]*nftables.Set{}, names: map[string]*nftables.Chain{}}
+	c.AddTable(b.table)
+	c.FlushTable(b.table)
+	b.declare()
+	b.build(cfg)
+	b.fill(cfg)
+	if b.err != nil {
+		return fmt.Errorf("build table inet %s: %w", TableName, b.err)
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("apply table inet %s: %w", TableName, err)
+	}
+	return nil
+}
+
+// fill replaces what the configuration alone decides: the automaton and what the daemon may reach.
+func (b *builder) fill(cfg Config) {
+	steps, ports := knock.Compile(cfg.Sequences)
+	var stepElements, portElements, reach []nftables.SetElement
+	for _, s := range steps {
+		stepElements = append(stepElements, nftables.SetElement{
+			Key: slices.Concat(native.PutUint32(s.State), portKey(s.Port)), Val: native.PutUint32(s.Next)})
+	}
+	for _, p := range ports {
+		portElements = append(portElements, nftables.SetElement{Key: portKey(p)})
+	}
+	for _, p := range cfg.AllowPrivate {
+		if p.Addr().Is4() {
+			reach = append(reach, reachElement(p, 0, anyPort))
+		}
+	}
+	for _, r := range cfg.Reach {
+		covered := slices.ContainsFunc(cfg.AllowPrivate, func(p netip.Prefix) bool { return p.Contains(r.Addr()) })
+		if r.Addr().Is4() && !covered { // overlapping elements are refused
+			reach = append(reach, reachElement(netip.PrefixFrom(r.Addr(), 32), r.Port(), r.Port()))
+		}
+	}
+	for name, elements := range map[string][]nftables.SetElement{"step": stepElements, "knockports": portElements, "reach": reach} {
+		b.conn.FlushSet(b.sets[name])
+		for part := range slices.Chunk(elements, chunk) {
+			if err := b.conn.SetAddElements(b.sets[name], part); err != nil && b.err == nil {
+				b.err = err
+			}
+		}
+	}
+}
+
+// portKey is protocol . port, each padded to 32 bits.
+func portKey(p knock.Port) []byte {
+	return []byte{p.Proto, 0, 0, 0, byte(p.Number >> 8), byte(p.Number), 0, 0}
+}
+
+// chunk is how many elements go into one message: the library's 16-bit length wraps silently above some 1,400.
+const chunk = 1000
+
+// tokenSets creates table, tokens and spent with what nft calls typeof. The library cannot say it, and without it a
+// listing of the table would not load again.
+func (f *Firewall) tokenSets() error {
+	c, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: f.netns})
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	family := []byte{unix.NFPROTO_INET, unix.NFNETLINK_V0, 0, 0}
+	batch := []byte{unix.NFPROTO_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES}
+	message := func(kind int, a []netlink.Attribute) (netlink.Message, error) {
+		data, err := netlink.MarshalAttributes(a)
+		return netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | kind),
+			Flags: netlink.Request | netlink.Create | netlink.Acknowledge}, Data: append(slices.Clone(family), data...)}, err
+	}
+	table, err1 := message(unix.NFT_MSG_NEWTABLE, []netlink.Attribute{
+		{Type: unix.NFTA_TABLE_NAME, Data: []byte(TableName + "\x00")}, {Type: unix.NFTA_TABLE_FLAGS, Data: network.PutUint32(0)}})
+	tokens, err2 := message(unix.NFT_MSG_NEWSET, append(rawSet("tokens", 1, unix.NFT_SET_MAP|unix.NFT_SET_TIMEOUT, tokenTimeout, true),
+		netlink.Attribute{Type: unix.NFTA_SET_DATA_TYPE, Data: network.PutUint32(nftables.TypeMark.GetNFTMagic())},
+		netlink.Attribute{Type: unix.NFTA_SET_DATA_LEN, Data: network.PutUint32(4)}))
+	spent, err3 := message(unix.NFT_MSG_NEWSET, rawSet("spent", 2, unix.NFT_SET_TIMEOUT|unix.NFT_SET_EVAL, spentTimeout, false))
+	if err := errors.Join(err1, err2, err3); err != nil {
+		return err
+	}
+	begin := netlink.Message{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_BEGIN, Flags: netlink.Request}, Data: batch}
+	end := netlink.Message{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_END, Flags: netlink.Request}, Data: batch}
+	if _, err := c.SendMessages([]netlink.Message{begin, table, tokens, spent, end}); err != nil {
+		return err
+	}
+	for range 3 {
+		if _, err := c.Receive(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func rawSet(name string, id, flags uint32, timeout time.Duration, isMap bool) []netlink.Attribute {
+	size, _ := netlink.MarshalAttributes([]netlink.Attribute{{Type: unix.NFTA_SET_DESC_SIZE, Data: network.PutUint32(tokenSize)}})
+	return []netlink.Attribute{
+		{Type: unix.NFTA_SET_TABLE, Data: []byte(TableName + "\x00")},
+		{Type: unix.NFTA_SET_NAME, Data: []byte(name + "\x00")},
+		{Type: unix.NFTA_SET_FLAGS, Data: network.PutUint32(flags)},
+		{Type: unix.NFTA_SET_KEY_TYPE, Data: network.PutUint32(nftables.TypeInteger.GetNFTMagic())},
+		{Type: unix.NFTA_SET_KEY_LEN, Data: network.PutUint32(knock.TokenSize)},
+		{Type: unix.NFTA_SET_ID, Data: network.PutUint32(0xffff0000 + id)},
+		{Type: unix.NFTA_SET_TIMEOUT, Data: network.PutUint64(uint64(timeout.Milliseconds()))},
+		{Type: unix.NLA_F_NESTED | unix.NFTA_SET_DESC, Data: size},
+		{Type: unix.NFTA_SET_USERDATA, Data: typeOf(isMap)},
+	}
+}
+
+// typeOf is nft's note to itself that the key is the expression @th,64,128 and the data meta mark: a list of type,
+// length, value, nested (nftables: include/expression.h, src/payload.c, src/meta.c, their build_udata).
+func typeOf(isMap bool) (b []byte) {
+	field := func(kind byte, v []byte) []byte { return append([]byte{kind, byte(len(v))}, v...) }
+	number := func(kind byte, v uint32) []byte { return field(kind, native.PutUint32(v)) }
+	const (
+		keyByteOrder, dataByteOrder, keyTypeof, dataTypeof = 0, 1, 3, 4
+		bigEndian, hostEndian                              = 2, 1
+		expression, expressionData                         = 0, 1
+		isPayload, isMeta, metaMark                        = 7, 9, 3
+		transportHeader                                    = 3
+	)
+	key := slices.Concat(number(expression, isPayload), field(expressionData, slices.Concat(
+		number(0, 0), number(1, 0), // no named protocol or field: a raw payload
+		number(2, transportHeader), number(3, 64), number(4, 8*knock.TokenSize)))) // offset and length in bits
+	b = number(keyByteOrder, bigEndian)
+	if isMap {
+		b = append(b, number(dataByteOrder, hostEndian)...)
+	}
+	b = append(b, field(keyTypeof, key)...)
+	if isMap {
+		mark := slices.Concat(number(expression, isMeta), field(expressionData, number(0, metaMark)))
+		b = append(b, field(dataTypeof, mark)...)
+	}
+	return b
+}

@@ -1,0 +1,211 @@
+package firewall
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
+	"perimeterd/knock"
+)
+
+// ErrNotApplied is returned by changes of elements before the first Apply.
+var ErrNotApplied = errors.New("the nftables table is not applied yet")
+
+// named is a set as element messages need it: the kernel finds it by table and name.
+func named(name string) *nftables.Set {
+	return &nftables.Set{Table: newTable(), Name: name, HasTimeout: true}
+}
+
+// Admit lets a tunnel address through to proxy and console until the time given.
+func (f *Firewall) Admit(a netip.Addr, until time.Time) error {
+	return f.change(func() { f.state.admitted[a] = until }, func(c *nftables.Conn, now time.Time) error {
+		return renew(c, "admitted", nftables.SetElement{Key: a.AsSlice(), Timeout: until.Sub(now)})
+	})
+}
+
+// Dismiss takes Admit back. An address that is not admitted is no error.
+func (f *Firewall) Dismiss(a netip.Addr) error {
+	return f.change(func() { delete(f.state.admitted, a) }, func(c *nftables.Conn, _ time.Time) error {
+		return remove(c, "admitted", nftables.SetElement{Key: a.AsSlice()})
+	})
+}
+
+// AddPeer lets UDP from an authenticated endpoint reach the tunnel without a window, until the time given.
+func (f *Firewall) AddPeer(p netip.AddrPort, until time.Time) error {
+	set, key := peer(p)
+	return f.change(func() { f.state.peers[p] = until }, func(c *nftables.Conn, now time.Time) error {
+		return renew(c, set, nftables.SetElement{Key: key, Timeout: until.Sub(now)})
+	})
+}
+
+// RemovePeer takes AddPeer back. An endpoint that is not there is no error.
+func (f *Firewall) RemovePeer(p netip.AddrPort) error {
+	set, key := peer(p)
+	return f.change(func() { delete(f.state.peers, p) }, func(c *nftables.Conn, _ time.Time) error {
+		return remove(c, set, nftables.SetElement{Key: key})
+	})
+}
+
+func peer(p netip.AddrPort) (set string, key []byte) {
+	if a := p.Addr().Unmap(); a.Is4() {
+		return "peer4", service(a, p.Port())
+	}
+	return "peer6", service(p.Addr(), p.Port())
+}
+
+// ForgetSessions empties the sets of admitted addresses and peers, for a start from which sessions come back one by one.
+func (f *Firewall) ForgetSessions() error {
+	return f.change(func() { clear(f.state.admitted); clear(f.state.peers) }, func(c *nftables.Conn, _ time.Time) error {
+		for _, set := range []string{"admitted", "service", "peer4", "peer6"} {
+			c.FlushSet(named(set))
+		}
+		return nil
+	})
+}
+
+// change sends one small batch and, if the kernel took it, notes it in the mirror. When the table was deleted by another
+// tool meanwhile, the mirror is right all the same: the repair that follows writes it.
+func (f *Firewall) change(note func(), batch func(c *nftables.Conn, now time.Time) error) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.applied {
+		return ErrNotApplied
+	}
+	c, err := f.conn()
+	if err != nil {
+		return err
+	}
+	if err := batch(c, time.Now()); err != nil {
+		return err
+	}
+	if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("change table inet %s: %w", TableName, err)
+	}
+	note()
+	return nil
+}
+
+// renew adds an element with a new timeout whether it exists or not: before kernel 6.12 adding an element that exists
+// leaves its timeout as it is, and deleting one that does not exist fails the batch.
+func renew(c *nftables.Conn, set string, e nftables.SetElement) error {
+	if e.Timeout < time.Millisecond {
+		return fmt.Errorf("set %s: a timeout of %v is in the past", set, e.Timeout)
+	}
+	if err := remove(c, set, e); err != nil {
+		return err
+	}
+	return c.SetAddElements(named(set), []nftables.SetElement{e})
+}
+
+func remove(c *nftables.Conn, set string, e nftables.SetElement) error {
+	e.Timeout = max(e.Timeout, time.Second)
+	if err := c.SetAddElements(named(set), []nftables.SetElement{e}); err != nil {
+		return err
+	}
+	return c.SetDeleteElements(named(set), []nftables.SetElement{{Key: e.Key}})
+}
+
+// Token is an element of the map tokens.
+type Token struct {
+	Token      knock.Token
+	Credential uint32
+	Expires    time.Time
+}
+
+// AddTokens writes tokens, at most chunk in one commit, so that no packet waits long for a lock.
+func (f *Firewall) AddTokens(list []Token) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.applied {
+		return ErrNotApplied
+	}
+	now := time.Now()
+	f.state.prune(now)
+	for _, t := range list {
+		f.state.tokens[t.Token] = loaded{t.Credential, t.Expires}
+	}
+	return f.writeTokens(list, now)
+}
+
+func (f *Firewall) writeTokens(list []Token, now time.Time) error {
+	for part := range slices.Chunk(list, chunk) {
+		elements := make([]nftables.SetElement, 0, len(part))
+		for _, t := range part {
+			if life := t.Expires.Sub(now); life >= time.Millisecond {
+				elements = append(elements, nftables.SetElement{Key: t.Token[:], Val: native.PutUint32(t.Credential), Timeout: life})
+			}
+		}
+		if err := f.send("tokens", elements); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// send adds elements in a commit of their own.
+func (f *Firewall) send(set string, elements []nftables.SetElement) error {
+	if len(elements) == 0 {
+		return nil
+	}
+	c, err := f.conn()
+	if err != nil {
+		return err
+	}
+	if err := c.SetAddElements(named(set), elements); err != nil {
+		return err
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("add %d elements to set %s of table inet %s: %w", len(elements), set, TableName, err)
+	}
+	return nil
+}
+
+// FlushTokens takes all tokens out; those spent stay spent.
+func (f *Firewall) FlushTokens() error {
+	return f.change(func() { clear(f.state.tokens) }, func(c *nftables.Conn, _ time.Time) error {
+		c.FlushSet(named("tokens"))
+		return nil
+	})
+}
+
+// Close ends everything that a credential holds at the door: its tokens and its windows.
+func (f *Firewall) Close(credential uint32) error {
+	f.mu.Lock()
+	windows, err := f.readWindows(time.Now())
+	tokens := maps.Collect(maps.All(f.state.tokens))
+	f.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, w := range windows {
+		if w.Credential == credential {
+			errs = append(errs, f.CloseWindow(w))
+		}
+	}
+	for t, l := range tokens {
+		if l.credential == credential {
+			errs = append(errs, f.change(func() { delete(f.state.tokens, t) }, func(c *nftables.Conn, _ time.Time) error {
+				e := nftables.SetElement{Key: t[:], Val: native.PutUint32(l.credential), Timeout: time.Second}
+				if err := c.SetAddElements(named("tokens"), []nftables.SetElement{e}); err != nil {
+					return err
+				}
+				return c.SetDeleteElements(named("tokens"), []nftables.SetElement{{Key: t[:]}})
+			}))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// CloseWindow ends one window, as Windows listed it. One that is closed already is no error.
+func (f *Firewall) CloseWindow(w Window) error {
+	return f.change(func() { delete(f.state.windows, w.key()) }, func(c *nftables.Conn, _ time.Time) error {
+		return remove(c, w.set(), nftables.SetElement{Key: w.Source.AsSlice(), Val: native.PutUint32(w.mark())})
+	})
+}
