@@ -113,9 +113,10 @@ func (f *Firewall) restoreLocked(now time.Time) error {
 	}
 	if f.state.lost {
 		// Some openings went unseen, so any of these may have been spent. The next step's are safe.
-		clear(f.state.tokens)
+		for t, l := range f.state.tokens {
+			f.state.spent[t] = l.expires
+		}
 		f.state.lost = false
-		return nil
 	}
 	// The spent ones come first, for whoever loads these steps again after a restart.
 	var spent []nftables.SetElement

@@ -1,0 +1,317 @@
+package client
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+)
+
+// ErrDown is returned when no process keeps the profile's tunnel.
+var ErrDown = errors.New("the tunnel is down: bring it up: vpn up")
+
+// ErrRunning is returned by Serve when another process keeps the profile's tunnel.
+var ErrRunning = errors.New("another process keeps this tunnel")
+
+// Requests to the process that keeps a tunnel, one JSON line each; it answers with one Answer.
+const (
+	doStatus = "status" // at once
+	doUp     = "up"     // when the tunnel is up; it then stays up
+	doHold   = "hold"   // when the tunnel is up; a tunnel raised for holders stays while this connection does
+	doDown   = "down"   // when the tunnel is down; the connection ends with the process
+)
+
+type controlRequest struct {
+	Do string `json:"do"`
+}
+
+// Answer is what the process says to a request.
+type Answer struct {
+	Status Status `json:"status"`
+	Error  string `json:"error,omitempty"`
+}
+
+// holdGrace is how long a tunnel raised for a command waits for the command.
+const holdGrace = 10 * time.Second
+
+// LogFile is where the profile's background process writes.
+func LogFile(p *Profile) (string, error) { return stateFile(p, ".log") }
+
+// stateFile names what belongs to one tunnel: of one user and device at one gate, wherever the profile's file lies.
+func stateFile(p *Profile, suffix string) (string, error) {
+	dir, err := makeDir()
+	if err != nil {
+		return "", err
+	}
+	return filepath.Join(dir, p.Name()+"-"+p.ServerID[:8]+suffix), nil
+}
+
+// socketFile is below XDG_RUNTIME_DIR where there is one: a socket's path is at most about 100 bytes long.
+func socketFile(p *Profile) (string, error) {
+	run := os.Getenv("XDG_RUNTIME_DIR")
+	if run == "" {
+		return stateFile(p, ".sock")
+	}
+	dir := filepath.Join(run, "perimeter")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", err
+	}
+	return filepath.Join(dir, p.Name()+"-"+p.ServerID[:8]+".sock"), nil
+}
+
+// Server keeps one profile's tunnel in this process, and answers other processes about it.
+type Server struct {
+	Keeper *Keeper
+	Held   bool // the tunnel is for holders: it ends with the last one
+
+	mu      sync.Mutex
+	holders int
+	change  chan struct{} // closed and replaced at each change of Held and holders
+	ready   chan struct{} // closed when the first session is up, or not
+	failed  error
+	ended   chan struct{} // closed when the tunnel is down
+}
+
+// Serve takes the profile's lock, brings the tunnel up, calls ready, and keeps the tunnel until ctx ends, someone asks
+// for its end or its last holder leaves. The lock is the truth of one process a profile: it goes with the process, and
+// what else a killed process left is replaced.
+func (s *Server) Serve(ctx context.Context, ready func(Status)) error {
+	p := s.Keeper.Profile
+	lockName, err := stateFile(p, ".lock")
+	if err != nil {
+		return err
+	}
+	lock, err := os.OpenFile(lockName, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := lockFile(lock, false); errors.Is(err, errLocked) {
+		return ErrRunning
+	} else if err != nil {
+		return fmt.Errorf("%s: %w", lockName, err)
+	}
+	socket, err := socketFile(p)
+	if err != nil {
+		return err
+	}
+	// Clients find the socket by this, whatever their environment says.
+	lock.Truncate(0)
+	if _, err := lock.WriteAt([]byte(socket+"\n"), 0); err != nil {
+		return err
+	}
+	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	listener, err := net.Listen("unix", socket) // its directory lets only the owner in
+	if err != nil {
+		return fmt.Errorf("control socket: %w", err)
+	}
+	defer listener.Close()
+	if err := os.Chmod(socket, 0o600); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	s.change, s.ready, s.ended = make(chan struct{}), make(chan struct{}), make(chan struct{})
+	var talks sync.WaitGroup
+	go func() {
+		for {
+			c, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			talks.Go(func() { s.talk(c, cancel) })
+		}
+	}()
+	// Whoever waits for an answer gets it before the process ends.
+	defer talks.Wait()
+	defer close(s.ended)
+
+	s.failed = s.Keeper.Start(ctx)
+	close(s.ready)
+	if s.failed != nil {
+		return s.failed
+	}
+	defer s.Keeper.Stop()
+	ready(s.Keeper.Status())
+	if s.Held {
+		go s.watchHolders(ctx, cancel)
+	}
+	return s.Keeper.Run(ctx)
+}
+
+// watchHolders ends a held tunnel after its last holder.
+func (s *Server) watchHolders(ctx context.Context, end func()) {
+	grace := time.After(holdGrace)
+	seen, late := false, false
+	for {
+		s.mu.Lock()
+		held, holders, change := s.Held, s.holders, s.change
+		s.mu.Unlock()
+		seen = seen || holders > 0
+		if !held {
+			return
+		}
+		if holders == 0 && (seen || late) {
+			end()
+			return
+		}
+		select {
+		case <-change:
+		case <-grace:
+			late = true
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (s *Server) update(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f()
+	close(s.change)
+	s.change = make(chan struct{})
+}
+
+func (s *Server) talk(c net.Conn, end func()) {
+	defer c.Close()
+	c.SetReadDeadline(time.Now().Add(5 * time.Second))
+	in := bufio.NewReaderSize(c, 1024)
+	line, err := in.ReadSlice('\n') // longer than the buffer is an error
+	if err != nil {
+		return
+	}
+	c.SetDeadline(time.Time{})
+	var req controlRequest
+	if err := json.Unmarshal(line, &req); err != nil {
+		return
+	}
+	answer := func() {
+		a := Answer{Status: s.Keeper.Status()}
+		a.Status.PID = os.Getpid()
+		if s.failed != nil {
+			a.Error = s.failed.Error()
+		}
+		c.SetWriteDeadline(time.Now().Add(time.Second))
+		json.NewEncoder(c).Encode(a)
+	}
+	switch req.Do {
+	case doStatus:
+		select {
+		case <-s.ready:
+			answer()
+		default:
+			json.NewEncoder(c).Encode(Answer{Status: Status{State: Connecting, Profile: s.Keeper.Profile.Name(), User: s.Keeper.Profile.User, PID: os.Getpid()}})
+		}
+	case doUp:
+		s.update(func() { s.Held = false })
+		<-s.ready
+		answer()
+	case doHold:
+		s.update(func() { s.holders++ })
+		defer s.update(func() { s.holders-- })
+		<-s.ready
+		answer()
+		gone := make(chan struct{})
+		go func() { in.ReadByte(); close(gone) }()
+		select {
+		case <-gone:
+		case <-s.ended:
+		}
+	case doDown:
+		end()
+		<-s.ended
+		c.SetWriteDeadline(time.Now().Add(time.Second))
+		json.NewEncoder(c).Encode(Answer{Status: Status{State: "down", Profile: s.Keeper.Profile.Name()}})
+	}
+}
+
+// ask sends a request and waits for the answer. The connection stays open.
+func ask(ctx context.Context, p *Profile, do string) (net.Conn, Answer, error) {
+	var a Answer
+	lockName, err := stateFile(p, ".lock")
+	if err != nil {
+		return nil, a, err
+	}
+	socket, err := os.ReadFile(lockName)
+	if err != nil || len(socket) == 0 {
+		return nil, a, ErrDown
+	}
+	c, err := (&net.Dialer{}).DialContext(ctx, "unix", strings.TrimSpace(string(socket)))
+	if err != nil {
+		return nil, a, ErrDown // nobody listens: its process is gone
+	}
+	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	err = json.NewEncoder(c).Encode(controlRequest{do})
+	if err == nil {
+		err = json.NewDecoder(c).Decode(&a)
+	}
+	switch {
+	case ctx.Err() != nil:
+		err = fmt.Errorf("the process that keeps the tunnel does not answer: see its log, or kill it: fuser -k %s", lockName)
+	case err != nil:
+		err = ErrDown // it ended in between
+	case a.Error != "":
+		err = errors.New(a.Error)
+	}
+	if err != nil {
+		c.Close()
+		return nil, a, err
+	}
+	return c, a, nil
+}
+
+// AskStatus asks the profile's process how the tunnel is; ErrDown when there is none.
+func AskStatus(ctx context.Context, p *Profile) (Status, error) {
+	c, a, err := ask(ctx, p, doStatus)
+	if err != nil {
+		return Status{}, err
+	}
+	c.Close()
+	return a.Status, nil
+}
+
+// AskUp waits for the tunnel of a process that runs already and makes it stay; ErrDown when there is none.
+func AskUp(ctx context.Context, p *Profile) (Status, error) {
+	c, a, err := ask(ctx, p, doUp)
+	if err != nil {
+		return Status{}, err
+	}
+	c.Close()
+	return a.Status, nil
+}
+
+// AskDown ends the profile's process and waits for it; ErrDown when there is none.
+func AskDown(ctx context.Context, p *Profile) error {
+	c, _, err := ask(ctx, p, doDown)
+	if err == nil {
+		c.Close()
+	}
+	return err
+}
+
+// Hold keeps a tunnel up that was raised with Held, until the result is closed; ErrDown when there is none.
+func Hold(ctx context.Context, p *Profile) (net.Conn, Status, error) {
+	c, a, err := ask(ctx, p, doHold)
+	return c, a.Status, err
+}
+
+// Environment is what makes programs use the proxy and, for names of this machine and of the cloud's metadata, not.
+func Environment(s Status) []string {
+	proxy := "http://" + s.Proxy.String()
+	const direct = "localhost,127.0.0.1,::1,169.254.169.254,169.254.170.2"
+	return []string{
+		"HTTP_PROXY=" + proxy, "HTTPS_PROXY=" + proxy, "http_proxy=" + proxy, "https_proxy=" + proxy,
+		"NO_PROXY=" + direct, "no_proxy=" + direct,
+	}
+}

@@ -1,0 +1,273 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"perimeterd/knock"
+)
+
+const (
+	// patience is how long the token may bring no answer before the sequence is knocked.
+	patience = 400 * time.Millisecond
+	// stagger is the pause before a name's next address is tried as well (RFC 8305, 5).
+	stagger = 250 * time.Millisecond
+	// perEndpoint is what an endpoint gets while there is another after it.
+	perEndpoint = 4 * time.Second
+	// maxAddresses bounds what a name may make us knock at.
+	maxAddresses = 4
+)
+
+// attempts are the first connects, counted from a knock. The first leaves a millisecond behind it, since on several
+// queues a SYN sent at once may overtake the token; a SYN that the door dropped would cost a second.
+var attempts = [...]time.Duration{1 * time.Millisecond, 6 * time.Millisecond, 60 * time.Millisecond, 200 * time.Millisecond}
+
+// Dialer opens the way to a gate: it knocks and connects at once.
+type Dialer struct {
+	Profile *Profile
+	Tokens  *Tokens
+	// SendToken sends one datagram to the tunnel's port. Nil: from a socket of the dialer's own.
+	SendToken func(token []byte, to netip.AddrPort) error
+	Progress  func(step string) // nil: nobody watches
+}
+
+func (d *Dialer) progress(step string) {
+	if d.Progress != nil {
+		d.Progress(step)
+	}
+}
+
+// Dial tries the profile's endpoints in order and returns the first connection. Knock and connect leave from one
+// address: the window is for one source.
+func (d *Dialer) Dial(ctx context.Context) (net.Conn, error) {
+	var errs []error
+	for i, endpoint := range d.Profile.Endpoints {
+		mine, cancel := context.WithCancel(ctx)
+		if i < len(d.Profile.Endpoints)-1 {
+			mine, cancel = context.WithTimeout(ctx, perEndpoint)
+		}
+		conn, err := d.dialEndpoint(mine, endpoint)
+		cancel()
+		if err == nil {
+			return conn, nil
+		}
+		errs = append(errs, fmt.Errorf("gate %s: %w", endpoint, err))
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, errors.Join(errs...)
+}
+
+type dialed struct {
+	conn net.Conn
+	err  error
+}
+
+func (d *Dialer) dialEndpoint(ctx context.Context, endpoint string) (net.Conn, error) {
+	addrs, err := resolve(ctx, endpoint)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	results := make(chan dialed)
+	failed := make([]chan struct{}, len(addrs))
+	for i, to := range addrs {
+		failed[i] = make(chan struct{})
+		go func() {
+			if i > 0 {
+				select {
+				case <-time.After(time.Duration(i) * stagger):
+				case <-failed[i-1]:
+				}
+			}
+			conn, err := d.dialAddress(ctx, to)
+			if err != nil {
+				close(failed[i])
+			}
+			deliver(ctx, results, dialed{conn, err})
+		}()
+	}
+	var last error
+	for range addrs {
+		select {
+		case r := <-results:
+			if r.err == nil {
+				return r.conn, nil
+			}
+			if last == nil || !errors.Is(r.err, syscall.ENETUNREACH) { // no IPv6 here is no news
+				last = r.err
+			}
+		case <-ctx.Done():
+			return nil, d.silence(last)
+		}
+	}
+	return nil, last
+}
+
+// deliver hands a result over, or closes its connection when nobody waits any more.
+func deliver(ctx context.Context, to chan<- dialed, r dialed) {
+	select {
+	case to <- r:
+	case <-ctx.Done():
+		if r.conn != nil {
+			r.conn.Close()
+		}
+	}
+}
+
+func resolve(ctx context.Context, endpoint string) ([]netip.AddrPort, error) {
+	host, port, err := splitEndpoint(endpoint)
+	if err != nil {
+		return nil, err
+	}
+	addrs := []netip.Addr{}
+	if a, err := netip.ParseAddr(host); err == nil {
+		addrs = append(addrs, a)
+	} else if addrs, err = net.DefaultResolver.LookupNetIP(ctx, "ip", host); err != nil {
+		return nil, fmt.Errorf("the name does not resolve: %w", err)
+	}
+	// The resolver sorts by RFC 6724; alternate the families from there on.
+	var same, other, out []netip.AddrPort
+	for _, a := range addrs {
+		a = a.Unmap()
+		if a.Is4() == addrs[0].Unmap().Is4() {
+			same = append(same, netip.AddrPortFrom(a, port))
+		} else {
+			other = append(other, netip.AddrPortFrom(a, port))
+		}
+	}
+	for i := range max(len(same), len(other)) {
+		out = append(out, same[min(i, len(same)):min(i+1, len(same))]...)
+		out = append(out, other[min(i, len(other)):min(i+1, len(other))]...)
+	}
+	return out[:min(len(out), maxAddresses)], nil
+}
+
+// dialAddress races connects against a token, and against the sequence where the token brings nothing.
+func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+	tunnel := netip.AddrPortFrom(to.Addr(), d.Profile.TunnelPort)
+	udp, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(tunnel)) // sends nothing: asks the route for the source
+	if err != nil {
+		return nil, err
+	}
+	defer udp.Close()
+	source := udp.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
+
+	noToken := d.sendToken(tunnel, udp)
+	if noToken != nil && !errors.Is(noToken, ErrNoTokens) {
+		d.progress("no token knock: " + noToken.Error())
+	}
+
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	results := make(chan dialed)
+	var hopeless atomic.Bool // all knocks are out, and connects still fail
+	go func() {
+		defer hopeless.Store(true)
+		dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))}
+		attempt := func() {
+			conn, err := dialer.DialContext(ctx, "tcp", to.String())
+			deliver(ctx, results, dialed{conn, err})
+		}
+		burst := func(knocked time.Time) {
+			for _, at := range attempts {
+				if sleepUntil(ctx, knocked.Add(at)) {
+					go attempt()
+				}
+			}
+		}
+		knocked := time.Now()
+		if noToken == nil || len(d.Profile.typed.sequence) == 0 {
+			burst(knocked)
+			sleepUntil(ctx, knocked.Add(patience))
+		}
+		if len(d.Profile.typed.sequence) > 0 && ctx.Err() == nil {
+			d.progress("sequence knocked")
+			if knock.Send(ctx, source, to.Addr(), d.Profile.typed.sequence, knock.Gap) == nil {
+				burst(time.Now())
+			}
+		}
+		hopeless.Store(true)
+		for next := time.Now().Add(time.Second); sleepUntil(ctx, next); next = next.Add(time.Second) {
+			go attempt()
+		}
+	}()
+
+	var last error
+	for {
+		select {
+		case r := <-results:
+			if r.err == nil {
+				d.progress("gate open")
+				return r.conn, nil
+			}
+			if ctx.Err() == nil {
+				last = r.err
+			}
+			if errors.Is(last, syscall.ECONNREFUSED) && hopeless.Load() {
+				return nil, fmt.Errorf("it refuses connections (%w): the knock opened nothing, or the gate is not running: ask the operator", last)
+			}
+		case <-ctx.Done():
+			if noToken != nil && len(d.Profile.typed.sequence) == 0 {
+				return nil, noToken
+			}
+			return nil, d.silence(last)
+		}
+	}
+}
+
+func (d *Dialer) sendToken(to netip.AddrPort, own *net.UDPConn) error {
+	token, err := d.Tokens.Next(time.Now())
+	if err != nil {
+		return err
+	}
+	if d.SendToken != nil {
+		err = d.SendToken(token[:], to)
+	} else {
+		_, err = own.Write(token[:])
+	}
+	if err == nil {
+		d.progress("knock sent")
+	}
+	return err
+}
+
+// silence says what most often lies behind a door that does not answer.
+func (d *Dialer) silence(cause error) error {
+	var sent []string
+	if len(d.Profile.typed.secret) > 0 {
+		sent = append(sent, fmt.Sprintf("a token to UDP port %d (good for about %v around the gate's time; it is %s here)",
+			d.Profile.TunnelPort, d.Profile.typed.step, time.Now().Format("15:04:05 MST")))
+	}
+	if len(d.Profile.typed.sequence) > 0 {
+		sent = append(sent, "the sequence")
+	}
+	if len(sent) == 0 {
+		sent = append(sent, "no knock, since the profile has none")
+	}
+	text := "no answer after " + strings.Join(sent, " and ") +
+		": this clock may be off, a network on the way may block these ports, or the profile is revoked or replaced"
+	if cause != nil {
+		return fmt.Errorf("%s (%w)", text, cause)
+	}
+	return errors.New(text)
+}
+
+// sleepUntil returns false when ctx ended first.
+func sleepUntil(ctx context.Context, at time.Time) bool {
+	select {
+	case <-time.After(time.Until(at)):
+		return ctx.Err() == nil
+	case <-ctx.Done():
+		return false
+	}
+}

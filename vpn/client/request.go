@@ -1,0 +1,228 @@
+package client
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"time"
+
+	"perimeterd/vpn"
+)
+
+// Limits of what a gate may answer with.
+const (
+	minMTU   = 1280
+	maxMTU   = 1420
+	maxReply = 64 << 10
+)
+
+// sharedSpace may number a tunnel network as private space may (RFC 6598).
+var sharedSpace = netip.MustParsePrefix("100.64.0.0/10")
+
+// gateConn is an authenticated connection to the gate. It speaks HTTP/1.1 by itself and not through http.Transport: the
+// request must leave right behind the client's Finished, and when the gate refuses the certificate its alert must be read
+// although the request could not be written.
+type gateConn struct {
+	*tls.Conn
+	replies *bufio.Reader
+	name    string
+	proven  bool // the gate has answered a request: it accepts the certificate
+}
+
+// checkDates finds out before any packet what the gate would refuse.
+func (p *Profile) checkDates(now time.Time) error {
+	leaf := p.typed.identity.Leaf
+	if now.Before(leaf.NotBefore) {
+		return &RefusedError{"clock", fmt.Sprintf("the certificate is valid from %s, and this clock says %s: correct the clock",
+			leaf.NotBefore.Local().Format(time.DateTime), now.Format(time.DateTime))}
+	}
+	if now.After(leaf.NotAfter) {
+		return &RefusedError{"expired", fmt.Sprintf("the certificate expired at %s: ask the operator for a new profile",
+			leaf.NotAfter.Local().Format(time.DateTime))}
+	}
+	return nil
+}
+
+// handshake authenticates both sides on a fresh connection; it closes the connection on error. The gate's judgement of
+// our certificate arrives only with its first answer, a round trip later.
+func (p *Profile) handshake(ctx context.Context, conn net.Conn) (*gateConn, error) {
+	c := tls.Client(conn, &tls.Config{
+		MinVersion:   tls.VersionTLS13,
+		ServerName:   p.ServerID,
+		RootCAs:      p.typed.roots,
+		Certificates: []tls.Certificate{p.typed.identity},
+	})
+	if err := c.HandshakeContext(ctx); err != nil {
+		conn.Close()
+		return nil, explainTLS(err)
+	}
+	return &gateConn{Conn: c, replies: bufio.NewReader(c), name: p.ServerID}, nil
+}
+
+// postQuantum tells whether what travels here is safe from a later quantum computer.
+func (g *gateConn) postQuantum() bool { return g.ConnectionState().CurveID == tls.X25519MLKEM768 }
+
+// do sends a request and decodes the answer into reply, unless that is nil. A refusal is a *vpn.APIError.
+func (g *gateConn) do(ctx context.Context, method, path string, body, reply any) error {
+	g.SetDeadline(time.Time{})
+	stop := context.AfterFunc(ctx, func() { g.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	var content io.Reader
+	if body != nil {
+		text, err := json.Marshal(body)
+		if err != nil {
+			return err
+		}
+		content = bytes.NewReader(text)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "https://"+g.name+path, content)
+	if err != nil {
+		return err
+	}
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	var wire bytes.Buffer // one record, one segment where it fits
+	if err := req.Write(&wire); err != nil {
+		return err
+	}
+	_, writeErr := g.Write(wire.Bytes())
+	resp, err := http.ReadResponse(g.replies, req)
+	if err != nil {
+		if ctx.Err() != nil {
+			return fmt.Errorf("the gate gave no answer in time: %w", ctx.Err())
+		}
+		return explainTLS(errors.Join(err, writeErr))
+	}
+	defer resp.Body.Close()
+	g.proven = true
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxReply+1))
+	if err != nil {
+		return fmt.Errorf("the gate's answer broke off: %w", err)
+	}
+	if len(text) > maxReply {
+		return fmt.Errorf("the gate's answer is longer than %d bytes: is this a perimeterd gate?", maxReply)
+	}
+	if resp.StatusCode/100 != 2 {
+		return apiError(resp, text)
+	}
+	if reply == nil {
+		return nil
+	}
+	if err := json.Unmarshal(text, reply); err != nil {
+		return fmt.Errorf("the gate's answer is not understood: %w: update the client", err)
+	}
+	return nil
+}
+
+func apiError(resp *http.Response, text []byte) error {
+	var e vpn.ErrorReply
+	if json.Unmarshal(text, &e) != nil || e.Error == nil || e.Error.Code == "" {
+		return fmt.Errorf("the gate answered %s, and nothing else that is understood", resp.Status)
+	}
+	e.Error.Status = resp.StatusCode
+	e.Error.RetryAfter, _ = strconv.Atoi(resp.Header.Get("Retry-After"))
+	return e.Error
+}
+
+// checkReply refuses what would bend routes or lengths, although it comes from the authenticated gate.
+func checkReply(r *vpn.SessionReply) error {
+	bad := func(format string, a ...any) error {
+		return fmt.Errorf("the gate's reply: "+format+": update the client, or tell the operator", a...)
+	}
+	switch {
+	case r.ID == "":
+		return bad("no session id")
+	case !r.Address.IsValid() || !r.Address.IsSingleIP() || !r.Address.Addr().IsPrivate() && !sharedSpace.Contains(r.Address.Addr()):
+		return bad("address %v is not one private address", r.Address)
+	case !r.Proxy.IsValid() || r.Proxy.Port() == 0 || !r.Proxy.Addr().IsPrivate() && !sharedSpace.Contains(r.Proxy.Addr()):
+		return bad("proxy %v is not on a private address", r.Proxy)
+	case r.Proxy.Addr() == r.Address.Addr() || r.Proxy.Addr().Is4() != r.Address.Addr().Is4():
+		return bad("proxy %v does not fit address %v", r.Proxy, r.Address)
+	case len(r.ServerPublicKey) != 32:
+		return bad("server_public_key has %d bytes", len(r.ServerPublicKey))
+	case len(r.PresharedKey) != 32:
+		return bad("preshared_key has %d bytes", len(r.PresharedKey))
+	case len(r.Response) != 0 && len(r.Response) != vpn.ResponseSize:
+		return bad("response has %d bytes", len(r.Response))
+	case r.MTU < minMTU || r.MTU > maxMTU:
+		return bad("mtu %d is not between %d and %d", r.MTU, minMTU, maxMTU)
+	case r.Keepalive < 0 || r.Keepalive > 3600:
+		return bad("keepalive %d s", r.Keepalive)
+	}
+	if _, _, err := splitEndpoint(r.Endpoint); err != nil {
+		return bad("endpoint %v", err)
+	}
+	return nil
+}
+
+// RefusedError is a refusal that trying again does not change.
+type RefusedError struct {
+	Code string
+	Text string
+}
+
+func (e *RefusedError) Error() string { return e.Text }
+
+// permanent says whether only a person can help.
+func permanent(err error) bool {
+	var refused *RefusedError
+	var api *vpn.APIError
+	return errors.As(err, &refused) ||
+		errors.As(err, &api) && (api.Code == vpn.CodeRevoked || api.Code == vpn.CodeForbidden || api.Code == vpn.CodePostQuantum)
+}
+
+// alertTexts says in words what a gate's TLS alert means here. crypto/tls keeps the number of a received alert to itself,
+// but tells it by the text of AlertError (RFC 8446, 6.2).
+var alertTexts = []struct {
+	alert tls.AlertError
+	code  string
+	text  string
+}{
+	{42, "bad_certificate", "the gate does not accept this certificate: it is revoked, or its user is unknown at this gate: ask the operator"},
+	{43, "unsupported_certificate", "the gate does not accept this kind of certificate: it must be for client authentication: ask for a new profile"},
+	{44, "revoked", "the certificate is revoked: ask the operator"},
+	{45, "expired", "the certificate has expired by the gate's clock: ask the operator for a new profile"},
+	{46, "certificate_unknown", "the gate does not accept this certificate: ask the operator"},
+	{48, "unknown_ca", "the gate does not know the CA of this certificate: it is for another gate, or the CA was replaced: ask for a new profile"},
+	{49, "access_denied", "the gate denies access to this certificate: ask the operator"},
+	{116, "certificate_required", "the gate saw no certificate: the profile is damaged: ask for a new one"},
+}
+
+// explainTLS puts errors of the handshake, and of the first read after it, into words.
+func explainTLS(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) && op.Op == "remote error" {
+		for _, a := range alertTexts {
+			if op.Err.Error() == a.alert.Error() {
+				return &RefusedError{a.code, a.text}
+			}
+		}
+		return fmt.Errorf("the gate refuses the connection: %w", err)
+	}
+	var authority x509.UnknownAuthorityError
+	if errors.As(err, &authority) {
+		return &RefusedError{"gate_unknown", "what answers there is not this profile's gate (its certificate is of another CA): " +
+			"the profile is out of date, or someone is in between"}
+	}
+	var host x509.HostnameError
+	if errors.As(err, &host) {
+		return &RefusedError{"gate_other", "what answers there is another gate than this profile's: ask for a new profile"}
+	}
+	var invalid x509.CertificateInvalidError
+	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
+		return fmt.Errorf("the gate's certificate is not valid at this clock's time, %s: correct the clock, or tell the operator: %w",
+			time.Now().Format(time.DateTime), err)
+	}
+	return fmt.Errorf("the gate closed the connection: %w", err)
+}

@@ -1,0 +1,177 @@
+package client
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"filippo.io/age"
+	"filippo.io/age/armor"
+)
+
+// Dir is where profiles and what belongs to them live: $XDG_CONFIG_HOME/perimeter or ~/.config/perimeter, and each
+// system's equal of it.
+func Dir() (string, error) {
+	base, err := os.UserConfigDir()
+	if err != nil {
+		return "", fmt.Errorf("no place for profiles: %w", err)
+	}
+	return filepath.Join(base, "perimeter"), nil
+}
+
+// makeDir creates Dir for its owner alone.
+func makeDir() (string, error) {
+	dir, err := Dir()
+	if err != nil {
+		return "", err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", err
+	}
+	return dir, os.Chmod(dir, 0o700)
+}
+
+// Names lists the profiles in Dir.
+func Names() ([]string, error) {
+	dir, err := Dir()
+	if err != nil {
+		return nil, err
+	}
+	files, err := filepath.Glob(filepath.Join(dir, "*.profile"))
+	for i, f := range files {
+		files[i] = strings.TrimSuffix(filepath.Base(f), ".profile")
+	}
+	return files, err
+}
+
+func defaultName(dir string) (string, error) {
+	chosen, err := os.ReadFile(filepath.Join(dir, "default"))
+	if err == nil {
+		return strings.TrimSpace(string(chosen)), nil
+	}
+	names, err := Names()
+	if err != nil {
+		return "", err
+	}
+	switch len(names) {
+	case 1:
+		return names[0], nil
+	case 0:
+		if user := os.Getenv("SUDO_USER"); user != "" {
+			return "", fmt.Errorf("no profile in %s: under sudo this is another home than %s's: "+
+				"give --profile FILE, or import it here: sudo vpn import FILE", dir, user)
+		}
+		return "", fmt.Errorf("no profile in %s: import the one you were sent: vpn import FILE", dir)
+	}
+	return "", fmt.Errorf("%d profiles, and none is the default: choose one: vpn use NAME (%s)", len(names), strings.Join(names, ", "))
+}
+
+// Use makes the profile of that name the default. It is a file with the name in it and no link, so that it is the same
+// on every system.
+func Use(name string) error {
+	if !safeName.MatchString(name) {
+		return fmt.Errorf("profile %q: want the name of an imported profile", name)
+	}
+	if _, err := LoadProfile(name); err != nil {
+		return err
+	}
+	dir, err := makeDir()
+	if err != nil {
+		return err
+	}
+	return writePrivate(filepath.Join(dir, "default"), []byte(name+"\n"))
+}
+
+// writePrivate replaces a file whole, readable by its owner alone.
+func writePrivate(file string, content []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(file), ".new-*") // 0600 by itself
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name()) // gone already when all went well
+	_, err = f.Write(content)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), file)
+}
+
+// maxWorkFactor is the hardest scrypt passphrase that Import takes on: 2^19 costs half a gigabyte for a second. age
+// itself writes 18.
+const maxWorkFactor = 19
+
+// ErrExists is returned by Import where another profile has the name already.
+var ErrExists = errors.New("another profile has this name")
+
+// Import reads a profile from a file, asking passphrase when it is protected by one, and keeps it in Dir. It returns
+// where. A different profile of the same name is replaced only with force.
+func Import(src string, passphrase func() ([]byte, error), force bool) (*Profile, string, error) {
+	f, err := os.Open(src)
+	if err != nil {
+		return nil, "", err
+	}
+	defer f.Close()
+	text, err := readBounded(f)
+	if err == nil && isEncrypted(text) {
+		text, err = decrypt(text, passphrase)
+	}
+	if err != nil {
+		return nil, "", fmt.Errorf("profile %s: %w", src, err)
+	}
+	p, err := ParseProfile(text)
+	if err != nil {
+		return nil, "", fmt.Errorf("profile %s: %w", src, err)
+	}
+	dir, err := makeDir()
+	if err != nil {
+		return nil, "", err
+	}
+	dst := filepath.Join(dir, p.Name()+".profile")
+	old, err := os.ReadFile(dst)
+	switch {
+	case err == nil && bytes.Equal(old, text):
+		return p, dst, os.Chmod(dst, 0o600)
+	case err == nil && !force:
+		return nil, "", fmt.Errorf("%s: %w, with other content: replace it with --force, if you mean to", dst, ErrExists)
+	case err != nil && !errors.Is(err, os.ErrNotExist):
+		return nil, "", err
+	}
+	return p, dst, writePrivate(dst, text)
+}
+
+const ageIntro = "age-encryption.org/v1\n"
+
+func isEncrypted(text []byte) bool {
+	text = bytes.TrimLeft(text, " \t\r\n")
+	return bytes.HasPrefix(text, []byte(armor.Header)) || bytes.HasPrefix(text, []byte(ageIntro))
+}
+
+func decrypt(text []byte, passphrase func() ([]byte, error)) ([]byte, error) {
+	secret, err := passphrase()
+	if err != nil {
+		return nil, err
+	}
+	identity, err := age.NewScryptIdentity(string(secret))
+	if err != nil {
+		return nil, fmt.Errorf("passphrase: %w", err)
+	}
+	identity.SetMaxWorkFactor(maxWorkFactor)
+	in := bufio.NewReader(bytes.NewReader(bytes.TrimLeft(text, " \t\r\n")))
+	var r = armor.NewReader(in)
+	if bytes.HasPrefix(text, []byte(ageIntro)) {
+		r = in
+	}
+	plain, err := age.Decrypt(r, identity)
+	if err != nil {
+		var wrong *age.NoIdentityMatchError
+		if errors.As(err, &wrong) {
+			return nil, errors.New("wrong passphrase: try again, or ask for a new profile")
+		}
+		return nil, err
+	}
+	return readBounded(plain)
+}

@@ -1,0 +1,85 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"syscall"
+
+	"github.com/vishvananda/netlink"
+	"golang.zx2c4.com/wireguard/tun"
+)
+
+// CheckDevice says whether this process may make a tunnel device.
+func CheckDevice() error {
+	if os.Geteuid() != 0 {
+		return errors.New("a tunnel device needs root, and this is not: run it with sudo")
+	}
+	return nil
+}
+
+// systemTUN is a Link of the operating system's: every process of the machine reaches the proxy through it.
+type systemTUN struct {
+	tun.Device
+	address netip.Addr
+}
+
+// NewSystemTUN makes a tunnel interface, named by the kernel. It has no address and no route yet: nothing goes there.
+func NewSystemTUN() (Link, error) {
+	d, err := tun.CreateTUN("pvpn%d", maxMTU)
+	if errors.Is(err, syscall.EPERM) {
+		err = fmt.Errorf("it needs CAP_NET_ADMIN: %w", err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("tunnel device: %w", err)
+	}
+	return &systemTUN{Device: d}, nil
+}
+
+// Configure gives the interface its address and MTU and one route: to the proxy. It touches no DNS and no default route.
+func (d *systemTUN) Configure(address, proxy netip.Addr, mtu int, takeOver bool) error {
+	name, err := d.Name()
+	if err != nil {
+		return err
+	}
+	iface, err := net.InterfaceByName(name)
+	if err != nil {
+		return fmt.Errorf("tunnel device %s: %w", name, err)
+	}
+	link := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: name, Index: iface.Index}}
+	if err := netlink.LinkSetMTU(link, mtu); err != nil {
+		return fmt.Errorf("tunnel device %s: MTU %d: %w", name, mtu, err)
+	}
+	if err := netlink.LinkSetUp(link); err != nil {
+		return fmt.Errorf("tunnel device %s: %w", name, err)
+	}
+	if err := netlink.AddrAdd(link, &netlink.Addr{IPNet: host(address)}); err != nil {
+		return fmt.Errorf("tunnel device %s: address %v: %w", name, address, err)
+	}
+	d.address = address
+	route := &netlink.Route{LinkIndex: iface.Index, Dst: host(proxy), Src: address.AsSlice(), Scope: netlink.SCOPE_LINK}
+	set := netlink.RouteAdd
+	if takeOver {
+		set = netlink.RouteReplace
+	}
+	if err := set(route); err != nil {
+		if errors.Is(err, syscall.EEXIST) {
+			return fmt.Errorf("route to the proxy %v: there is one already: another tunnel is up, take it down first: vpn down", proxy)
+		}
+		return fmt.Errorf("route to the proxy %v: %w", proxy, err)
+	}
+	return nil
+}
+
+// DialContext implements Link.
+func (d *systemTUN) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(d.address, 0))}
+	return dialer.DialContext(ctx, network, address)
+}
+
+func host(a netip.Addr) *net.IPNet {
+	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
+}

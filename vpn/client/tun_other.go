@@ -1,0 +1,16 @@
+//go:build !linux
+
+package client
+
+import (
+	"errors"
+	"runtime"
+)
+
+// CheckDevice says whether this process may make a tunnel device.
+func CheckDevice() error {
+	return errors.New("a tunnel device is not supported on " + runtime.GOOS + " by this version: it is on Linux")
+}
+
+// NewSystemTUN makes a tunnel interface.
+func NewSystemTUN() (Link, error) { return nil, CheckDevice() }

@@ -1,0 +1,349 @@
+package client
+
+import (
+	"bufio"
+	"context"
+	"crypto/ecdh"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.zx2c4.com/wireguard/device"
+	"golang.zx2c4.com/wireguard/tun"
+
+	"perimeterd/vpn"
+)
+
+// Link is the inner end of a tunnel: what packets come from and go to.
+type Link interface {
+	tun.Device
+	// Configure gives it its address and MTU and makes proxy reachable through it. With takeOver another link reaches
+	// that proxy now, and no longer after.
+	Configure(address, proxy netip.Addr, mtu int, takeOver bool) error
+	// DialContext connects through the tunnel.
+	DialContext(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// Options are what a tunnel is made from.
+type Options struct {
+	Profile  *Profile
+	Tokens   *Tokens
+	NewLink  func() (Link, error)
+	Progress func(step string) // nil: nobody watches
+	Log      *slog.Logger
+}
+
+// Tunnel is a session that is up.
+type Tunnel struct {
+	Session     vpn.SessionReply // without its secrets
+	Interface   string
+	PostQuantum bool // the preshared key travelled under X25519MLKEM768
+	Gate        netip.AddrPort
+
+	link Link
+	wire *wire
+	dev  *device.Device
+	peer *device.Peer
+}
+
+// initiationLife is how long an initiation is good for the request: after five seconds the device makes another, and
+// forgets this one.
+const initiationLife = 4 * time.Second
+
+// endPatience is how long the gate may take to end a session: it also ends by itself.
+const endPatience = 2 * time.Second
+
+// responsePatience is how long the device may take to work a response in; it takes less than a millisecond.
+const responsePatience = 500 * time.Millisecond
+
+// Open knocks, asks for a session and brings the tunnel up. The WireGuard initiation travels in the request and its
+// response in the reply: with the reply the tunnel has keys, on a way that UDP need not have worked on yet. With replaces,
+// routes move over from that tunnel and its session is ended; closing it is the caller's.
+func Open(ctx context.Context, o Options, replaces *Tunnel) (t *Tunnel, err error) {
+	if err := o.Profile.checkDates(time.Now()); err != nil {
+		return nil, err
+	}
+	private, err := ecdh.X25519().GenerateKey(rand.Reader) // of this session alone: the gate takes no key twice
+	if err != nil {
+		return nil, err
+	}
+	link, err := o.NewLink()
+	if err != nil {
+		return nil, err
+	}
+	t = &Tunnel{link: link, wire: newWire()}
+	t.dev = device.NewDevice(newQuietTUN(link), t.wire, &device.Logger{
+		Verbosef: device.DiscardLogf,
+		Errorf:   func(format string, a ...any) { o.Log.Debug(fmt.Sprintf(format, a...)) },
+	})
+	defer func() {
+		if err != nil {
+			t.Close()
+		}
+	}()
+	if t.Interface, err = link.Name(); err != nil {
+		return nil, err
+	}
+	if err := t.dev.IpcSet("private_key=" + hex.EncodeToString(private.Bytes()) + "\n"); err != nil {
+		return nil, err
+	}
+	if err := t.dev.Up(); err != nil {
+		return nil, fmt.Errorf("UDP socket: %w", err)
+	}
+
+	// The token leaves first; keys are worked out while it travels.
+	reached := make(chan dialed, 1)
+	go func() {
+		d := Dialer{o.Profile, o.Tokens, t.wire.token, o.Progress}
+		conn, err := d.Dial(ctx)
+		reached <- dialed{conn, err}
+	}()
+	initiation, err := t.initiate(o.Profile.typed.serverKey)
+	began := time.Now()
+	r := <-reached
+	if err = errors.Join(err, r.err); err != nil {
+		if r.conn != nil {
+			r.conn.Close()
+		}
+		return nil, err
+	}
+	g, err := o.Profile.handshake(ctx, r.conn)
+	if err != nil {
+		return nil, err
+	}
+	defer g.Close()
+	if time.Since(began) > initiationLife {
+		t.peer.ExpireCurrentKeypairs()
+		if initiation, err = t.initiate(o.Profile.typed.serverKey); err != nil {
+			return nil, err
+		}
+	}
+	name := o.Profile.Device
+	if name == "" {
+		name, _ = os.Hostname()
+	}
+	request := vpn.SessionRequest{PublicKey: private.PublicKey().Bytes(), Initiation: initiation, Device: name[:min(len(name), 64)]}
+	if err := g.do(ctx, http.MethodPost, vpn.SessionPath, request, &t.Session); err != nil {
+		return nil, err
+	}
+	if o.Progress != nil {
+		o.Progress("certificate accepted")
+	}
+	t.PostQuantum = g.postQuantum()
+	err = checkReply(&t.Session)
+	if err == nil {
+		t.Gate = r.conn.RemoteAddr().(*net.TCPAddr).AddrPort()
+		err = t.complete(ctx, o, replaces != nil)
+	}
+	end := ""
+	if err != nil && t.Session.ID != "" {
+		end = t.Session.ID // of no use to anybody
+	} else if replaces != nil {
+		end = replaces.Session.ID
+	}
+	if end != "" {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endPatience)
+		defer cancel()
+		if err := endSession(ctx, g, end); err != nil {
+			o.Log.Warn("an earlier session was not ended; it will expire", "session", end, "error", err)
+		}
+	}
+	return t, err
+}
+
+// initiate makes the device know the gate's key and takes the handshake's first message out of it.
+func (t *Tunnel) initiate(gate wgKey) ([]byte, error) {
+	if t.peer == nil {
+		if err := t.addPeer(gate); err != nil {
+			return nil, err
+		}
+	}
+	flight := vpn.NewFlight(netip.AddrPort{})
+	t.peer.SetEndpointFromPacket(flight)
+	if err := t.peer.SendHandshakeInitiation(false); err != nil {
+		return nil, fmt.Errorf("WireGuard initiation: %w", err)
+	}
+	select {
+	case m := <-flight.Message():
+		return m, nil
+	default:
+		return nil, errors.New("WireGuard initiation: the device made none")
+	}
+}
+
+func (t *Tunnel) addPeer(key wgKey) error {
+	if err := t.dev.IpcSet("public_key=" + key.hex() + "\n"); err != nil {
+		return err
+	}
+	if t.peer = t.dev.LookupPeer(device.NoisePublicKey(key)); t.peer == nil {
+		return errors.New("WireGuard: the gate's key is this client's own")
+	}
+	return nil
+}
+
+// complete turns the reply into a tunnel with keys, address and route.
+func (t *Tunnel) complete(ctx context.Context, o Options, takeOver bool) error {
+	s := &t.Session
+	_, port, _ := splitEndpoint(s.Endpoint)
+	// The gate answered at this address, whatever it calls itself; the window is open there.
+	t.Gate = netip.AddrPortFrom(t.Gate.Addr().Unmap(), port)
+	ep, err := t.wire.ParseEndpoint(t.Gate.String())
+	if err != nil {
+		return err
+	}
+	key, response := wgKey(s.ServerPublicKey), s.Response
+	config := ""
+	if key != o.Profile.typed.serverKey { // rotated since the profile was made: the initiation was for another
+		if err := t.dev.IpcSet("public_key=" + o.Profile.typed.serverKey.hex() + "\nremove=true\n"); err != nil {
+			return err
+		}
+		if err := t.addPeer(key); err != nil {
+			return err
+		}
+		response = nil
+	}
+	config = "public_key=" + key.hex() + "\nupdate_only=true\npreshared_key=" + hex.EncodeToString(s.PresharedKey) + "\n"
+	for _, a := range []netip.AddrPort{s.Proxy, s.Console} {
+		if a.IsValid() {
+			config += "allowed_ip=" + netip.PrefixFrom(a.Addr(), a.Addr().BitLen()).String() + "\n"
+		}
+	}
+	if err := t.dev.IpcSet(config); err != nil {
+		return err
+	}
+	s.PresharedKey, s.Response = nil, nil
+	t.peer.SetEndpointFromPacket(ep)
+	if response != nil {
+		if err := t.wire.Inject(response, ep); err != nil {
+			return err
+		}
+	}
+	if err := t.link.Configure(s.Address.Addr(), s.Proxy.Addr(), s.MTU, takeOver); err != nil {
+		return err
+	}
+	if err := t.waitKeys(ctx, response != nil); err != nil {
+		return err
+	}
+	return t.dev.IpcSet(fmt.Sprintf("public_key=%s\nupdate_only=true\npersistent_keepalive_interval=%d\n", key.hex(), s.Keepalive))
+}
+
+// waitKeys returns when the device has keys: from the reply's response, or else from a handshake by UDP.
+func (t *Tunnel) waitKeys(ctx context.Context, responded bool) error {
+	if responded {
+		select {
+		case <-t.wire.keyed:
+			return nil
+		case <-time.After(responsePatience):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	t.peer.ExpireCurrentKeypairs() // also lets it send at once
+	if err := t.peer.SendHandshakeInitiation(false); err != nil {
+		return fmt.Errorf("WireGuard handshake with %v: %w", t.Gate, err)
+	}
+	select {
+	case <-t.wire.keyed:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("the gate gave a session, but UDP port %d of %v does not answer: a network on the way seems to block UDP", t.Gate.Port(), t.Gate.Addr())
+	}
+}
+
+// Probe connects to the proxy through the tunnel. A refusal counts: it came through.
+func (t *Tunnel) Probe(ctx context.Context) error {
+	conn, err := t.link.DialContext(ctx, "tcp", t.Session.Proxy.String())
+	if err == nil {
+		return conn.Close()
+	}
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		return nil
+	}
+	return err
+}
+
+// Stats are a tunnel's counters: authenticated bytes, by UDP and inside the request.
+type Stats struct {
+	LastHandshake time.Time
+	Received      uint64
+	Sent          uint64
+}
+
+// Stats reads the counters. The listing they come from holds keys and goes nowhere else.
+func (t *Tunnel) Stats() (s Stats) {
+	text, _ := t.dev.IpcGet()
+	var sec, nsec int64
+	for lines := bufio.NewScanner(strings.NewReader(text)); lines.Scan(); {
+		key, value, _ := strings.Cut(lines.Text(), "=")
+		switch key {
+		case "last_handshake_time_sec":
+			sec, _ = strconv.ParseInt(value, 10, 64)
+		case "last_handshake_time_nsec":
+			nsec, _ = strconv.ParseInt(value, 10, 64)
+		case "rx_bytes":
+			s.Received, _ = strconv.ParseUint(value, 10, 64)
+		case "tx_bytes":
+			s.Sent, _ = strconv.ParseUint(value, 10, 64)
+		}
+	}
+	if sec != 0 {
+		s.LastHandshake = time.Unix(sec, nsec)
+	}
+	return s
+}
+
+// revive knocks and shakes hands again, in one flight and from the tunnel's socket: the gate follows the tunnel to where
+// this machine is now, and connections inside it live on.
+func (t *Tunnel) revive(tokens *Tokens, tunnelPort uint16) error {
+	token, err := tokens.Next(time.Now())
+	if err == nil {
+		err = t.wire.token(token[:], netip.AddrPortFrom(t.Gate.Addr(), tunnelPort))
+	}
+	before := t.wire.initiation.Load()
+	err = errors.Join(err, t.peer.SendHandshakeInitiation(false))
+	// Under five seconds after the last one the device makes none; then that one, unanswered, is the one to repeat.
+	if i := t.wire.initiation.Load(); i != nil && i == before {
+		err = errors.Join(err, t.wire.Bind.Send([][]byte{i.datagram}, i.to))
+		go t.wire.resend(i, time.Now())
+	}
+	return err
+}
+
+// Close ends the tunnel here. The peers go first: the device would write to a closed interface.
+func (t *Tunnel) Close() {
+	t.dev.RemoveAllPeers()
+	t.dev.Close()
+}
+
+func endSession(ctx context.Context, g *gateConn, id string) error {
+	err := g.do(ctx, http.MethodDelete, vpn.SessionPath+"/"+id, nil, nil)
+	var api *vpn.APIError
+	if errors.As(err, &api) && api.Code == vpn.CodeNotFound {
+		return nil
+	}
+	return err
+}
+
+// EndSession knocks, and tells the gate that a session is over.
+func EndSession(ctx context.Context, p *Profile, tokens *Tokens, id string) error {
+	conn, err := (&Dialer{Profile: p, Tokens: tokens}).Dial(ctx)
+	if err != nil {
+		return err
+	}
+	g, err := p.handshake(ctx, conn)
+	if err != nil {
+		return err
+	}
+	defer g.Close()
+	return endSession(ctx, g, id)
+}

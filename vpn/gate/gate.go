@@ -1,0 +1,172 @@
+// Package gate is the server's side of a session: the mutual TLS API that makes sessions out of certificates, and the
+// WireGuard device whose peers follow the sessions.
+//
+// Nobody reaches it without an open window, and nobody passes TLS without a certificate of the gate's CA that states
+// clientAuth and belongs to a known user; every request checks that again. What is left to an outsider inside a window is
+// Go's TLS stack, with few connections and seconds to use them.
+package gate
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"sync"
+	"time"
+
+	"perimeterd/internal/identity"
+	"perimeterd/internal/session"
+	"perimeterd/vpn"
+)
+
+// Timeouts of the API: its requests and answers are single small segments.
+const (
+	handshakeTimeout = 5 * time.Second // net/http bounds the TLS handshake by it too
+	requestTimeout   = 10 * time.Second
+	idleTimeout      = 30 * time.Second
+	maxHeader        = 8 << 10
+)
+
+// Verifier says who a connection's certificate stands for, or an *identity.Refusal. TLSConfig refuses the same at the
+// handshake already.
+type Verifier interface {
+	TLSConfig(server tls.Certificate) *tls.Config
+	Identify(tls.ConnectionState) (identity.Identity, error)
+}
+
+// Gate serves the session API.
+type Gate struct {
+	cfg       Config
+	serverKey [32]byte // WireGuard, public
+	cert      tls.Certificate
+	verifier  Verifier
+	store     session.Store
+	tunnel    *Tunnel
+	pool      *vpn.Pool
+	log       *slog.Logger
+
+	begin sync.Mutex // limits and addresses are judged and taken in one step
+}
+
+// New wires a gate. The store's watchers must include tunnel.SessionEvent before the first request.
+func New(cfg Config, serverKey [32]byte, cert tls.Certificate, v Verifier, store session.Store, tunnel *Tunnel, log *slog.Logger) (*Gate, error) {
+	if n := vpn.Size(cfg.Network); n < 2*cfg.Limit {
+		return nil, fmt.Errorf("tunnel.network %v has %d addresses for session.limit %d; released ones rest for %v: "+
+			"take a larger network or a limit of %d", cfg.Network, n, cfg.Limit, vpn.Quarantine, n/2)
+	}
+	g := &Gate{cfg: cfg, serverKey: serverKey, cert: cert, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: log}
+	for _, s := range store.List() {
+		g.pool.Hold(s.Address, s.Certificate)
+	}
+	return g, nil
+}
+
+// SessionEvent gives back the address of a session that ended. It is a session.Store watcher.
+func (g *Gate) SessionEvent(e session.Event) {
+	if e.Ended != "" {
+		g.pool.Release(e.Session.Address, time.Now())
+	}
+}
+
+// Run serves on listeners until ctx ends.
+func (g *Gate) Run(ctx context.Context, listeners ...net.Listener) error {
+	config := g.verifier.TLSConfig(g.cert)
+	config.NextProtos = []string{"http/1.1"}
+	config.SessionTicketsDisabled = true // over TCP they save no round trip, and resumption would skip checks
+	srv := &http.Server{
+		Handler:           g.routes(),
+		ReadHeaderTimeout: handshakeTimeout,
+		ReadTimeout:       requestTimeout,
+		WriteTimeout:      requestTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          slog.NewLogLogger(g.log.Handler(), slog.LevelInfo),
+	}
+	srv.Protocols = new(http.Protocols)
+	srv.Protocols.SetHTTP1(true)
+	failed := make(chan error, len(listeners))
+	for _, l := range listeners {
+		go func() { failed <- srv.Serve(tls.NewListener(newCapped(l), config)) }()
+	}
+	defer srv.Close()
+	select {
+	case <-ctx.Done():
+		return nil
+	case err := <-failed:
+		return fmt.Errorf("gate: %w", err)
+	}
+}
+
+func (g *Gate) routes() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle(vpn.SessionPath, g.method(map[string]handler{http.MethodPost: g.post, http.MethodGet: g.list}))
+	mux.Handle(vpn.SessionPath+"/{id}", g.method(map[string]handler{http.MethodGet: g.get, http.MethodDelete: g.delete}))
+	mux.Handle(vpn.SessionPath+"/{id}/wg-quick", g.method(map[string]handler{http.MethodGet: g.wgQuick}))
+	mux.Handle("/", g.method(nil))
+	return mux
+}
+
+// handler answers a request of an identified caller; a returned error becomes the answer.
+type handler func(w http.ResponseWriter, r *http.Request, id identity.Identity) error
+
+// method picks the handler of a request's method, after the certificate was checked again: a user may be revoked while
+// his connection lives.
+func (g *Gate) method(handlers map[string]handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Cache-Control", "no-store")
+		id, err := g.verifier.Identify(*r.TLS)
+		if err == nil {
+			switch h := handlers[r.Method]; {
+			case h != nil:
+				err = h(w, r, id)
+			case handlers == nil:
+				err = &vpn.APIError{Code: vpn.CodeNotFound, Message: fmt.Sprintf("no %q here", r.URL.Path), Fix: "see " + vpn.SessionPath}
+			default:
+				err = &vpn.APIError{Code: vpn.CodeMethod, Message: r.Method + " is not a method of " + r.URL.Path}
+			}
+		}
+		if err != nil {
+			g.refuse(w, r, id, err)
+		}
+	})
+}
+
+// refuse writes an error as JSON. What is not an APIError stays in the log: the caller learns that it failed, not how.
+func (g *Gate) refuse(w http.ResponseWriter, r *http.Request, id identity.Identity, err error) {
+	var api *vpn.APIError
+	var refusal *identity.Refusal
+	switch {
+	case errors.As(err, &api):
+	case errors.As(err, &refusal):
+		api = &vpn.APIError{Code: vpn.CodeForbidden, Message: refusal.Error(), Fix: "ask the operator of this gate"}
+		if refusal.Code == identity.RevokedCert {
+			api.Code = vpn.CodeRevoked
+		}
+	default:
+		api = &vpn.APIError{Code: vpn.CodeInternal, Message: "the gate failed", Fix: "ask its operator, whose log says why"}
+	}
+	status := vpn.StatusOf(api.Code)
+	g.log.Info("request refused", "user", id.User, "source", r.RemoteAddr, "method", r.Method, "path", r.URL.Path,
+		"status", status, "code", api.Code, "err", err)
+	w.Header().Set("Content-Type", "application/json")
+	if status == http.StatusServiceUnavailable {
+		w.Header().Set("Retry-After", strconv.Itoa(max(api.RetryAfter, 1)))
+	}
+	if status == http.StatusRequestEntityTooLarge || status == http.StatusBadRequest {
+		w.Header().Set("Connection", "close")
+	}
+	w.WriteHeader(status)
+	json.NewEncoder(w).Encode(vpn.ErrorReply{Error: api}) // an error here is the caller's connection, which is his
+}
+
+// outer is where a request came from.
+func outer(r *http.Request) netip.AddrPort {
+	p, _ := netip.ParseAddrPort(r.RemoteAddr)
+	return netip.AddrPortFrom(p.Addr().Unmap(), p.Port())
+}

@@ -1,0 +1,60 @@
+package gate
+
+import (
+	"sync"
+	"sync/atomic"
+
+	"golang.zx2c4.com/wireguard/tun"
+
+	"perimeterd/internal/session"
+)
+
+// admitting is a TUN device that notices the first packet of each pending session. WireGuard has checked by then that
+// the packet came through the keys that own its source address, which is the proof that the session's client holds its
+// private key. With no session pending it costs one atomic load a batch.
+type admitting struct {
+	tun.Device
+	admit func(session.Session) bool
+
+	count   atomic.Int64
+	mu      sync.Mutex
+	pending map[[4]byte]session.Session
+}
+
+// Write implements tun.Device: packets towards the host.
+func (a *admitting) Write(bufs [][]byte, offset int) (int, error) {
+	if a.count.Load() != 0 {
+		for _, b := range bufs {
+			if p := b[offset:]; len(p) >= 20 && p[0]>>4 == 4 { // RFC 791: source at 12
+				a.check([4]byte(p[12:16]))
+			}
+		}
+	}
+	return a.Device.Write(bufs, offset)
+}
+
+func (a *admitting) check(source [4]byte) {
+	a.mu.Lock()
+	defer a.mu.Unlock() // held over admit: the session may not end between
+	s, ok := a.pending[source]
+	if ok && a.admit(s) {
+		delete(a.pending, source)
+		a.count.Store(int64(len(a.pending)))
+	}
+}
+
+func (a *admitting) expect(s session.Session) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.pending[s.Address.As4()] = s
+	a.count.Store(int64(len(a.pending)))
+}
+
+func (a *admitting) forget(s session.Session) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if p, ok := a.pending[s.Address.As4()]; ok && p.ID == s.ID {
+		delete(a.pending, s.Address.As4())
+		a.count.Store(int64(len(a.pending)))
+	}
+}

@@ -1,0 +1,256 @@
+package gate
+
+import (
+	"bufio"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.zx2c4.com/wireguard/device"
+	"golang.zx2c4.com/wireguard/tun"
+
+	"perimeterd/internal/session"
+	"perimeterd/vpn"
+)
+
+// Door is the part of the firewall that lets sessions in.
+type Door interface {
+	Admit(netip.Addr, time.Time) error
+	Dismiss(netip.Addr) error
+	AddPeer(netip.AddrPort, time.Time) error
+	RemovePeer(netip.AddrPort) error
+}
+
+// Tunnel is the server's WireGuard device. Sessions come and go by events from the store. A new session is pending: its
+// peer exists, its address is not admitted until the first packet that came through its keys, since whoever asked for it
+// may have named someone else's key.
+type Tunnel struct {
+	dev   *device.Device
+	bind  *vpn.Bind
+	inner *admitting
+	door  Door
+	log   *slog.Logger
+	wake  chan struct{} // a session was admitted: its endpoint is known now
+
+	mu    sync.Mutex
+	peers map[session.Key]*peer
+}
+
+type peer struct {
+	session  session.Session
+	endpoint netip.AddrPort // as last written to the door
+}
+
+// NewTunnel starts WireGuard on a TUN device. The private key is the server's static one.
+func NewTunnel(cfg Config, private session.Key, dev tun.Device, door Door, log *slog.Logger) (*Tunnel, error) {
+	t := &Tunnel{bind: vpn.NewBind(), door: door, log: log, wake: make(chan struct{}, 1), peers: map[session.Key]*peer{}}
+	t.inner = &admitting{Device: dev, admit: t.admit, pending: map[[4]byte]session.Session{}}
+	quiet := &device.Logger{Verbosef: device.DiscardLogf, Errorf: func(format string, args ...any) {
+		log.Debug("wireguard: " + fmt.Sprintf(format, args...))
+	}}
+	t.dev = device.NewDevice(t.inner, t.bind, quiet)
+	if err := t.dev.IpcSet(fmt.Sprintf("private_key=%x\nlisten_port=%d\n", private, cfg.TunnelPort)); err != nil {
+		t.dev.Close()
+		return nil, fmt.Errorf("tunnel.port %d: %w", cfg.TunnelPort, err)
+	}
+	if err := t.dev.Up(); err != nil {
+		t.dev.Close()
+		return nil, fmt.Errorf("tunnel.port %d: %w: does another program use it?", cfg.TunnelPort, err)
+	}
+	return t, nil
+}
+
+// Close ends the tunnel. Peers go first, since closing the device closes the TUN before them.
+func (t *Tunnel) Close() {
+	t.dev.RemoveAllPeers()
+	t.dev.Close()
+}
+
+// SessionEvent adds or removes a peer. It is a session.Store watcher.
+func (t *Tunnel) SessionEvent(e session.Event) {
+	if e.Ended == "" {
+		t.add(e.Session)
+	} else {
+		t.remove(e.Session)
+	}
+}
+
+func (t *Tunnel) add(s session.Session) {
+	t.mu.Lock()
+	t.peers[s.PublicKey] = &peer{session: s}
+	t.mu.Unlock()
+	t.inner.expect(s)
+	err := t.dev.IpcSet(fmt.Sprintf("public_key=%x\npreshared_key=%x\nreplace_allowed_ips=true\nallowed_ip=%s/32\n", s.PublicKey, s.PresharedKey, s.Address))
+	if err != nil { // IpcSet's errors quote no values
+		t.log.Error("peer not added", "session", s.ID, "user", s.User, "err", err)
+	}
+}
+
+func (t *Tunnel) remove(s session.Session) {
+	if err := t.dev.IpcSet(fmt.Sprintf("public_key=%x\nremove=true\n", s.PublicKey)); err != nil {
+		t.log.Error("peer not removed", "session", s.ID, "user", s.User, "err", err)
+	}
+	t.inner.forget(s)
+	if err := t.door.Dismiss(s.Address); err != nil {
+		t.log.Error("address not dismissed", "session", s.ID, "address", s.Address, "err", err)
+	}
+	t.mu.Lock()
+	p := t.peers[s.PublicKey]
+	delete(t.peers, s.PublicKey)
+	t.mu.Unlock()
+	if p != nil && p.endpoint.IsValid() {
+		if err := t.door.RemovePeer(p.endpoint); err != nil {
+			t.log.Error("endpoint not removed", "session", s.ID, "endpoint", p.endpoint, "err", err)
+		}
+	}
+}
+
+// admit runs on the first packet of a pending session, before the packet goes on. A packet whose address cannot be
+// admitted is dropped by the table, and the next one tries again.
+func (t *Tunnel) admit(s session.Session) bool {
+	if err := t.door.Admit(s.Address, s.Expires); err != nil {
+		t.log.Error("address not admitted", "session", s.ID, "address", s.Address, "err", err)
+		return false
+	}
+	t.log.Info("session admitted", "session", s.ID, "user", s.User, "address", s.Address)
+	select {
+	case t.wake <- struct{}{}:
+	default:
+	}
+	return true
+}
+
+// handshakeWait bounds how long a request waits for the device's answer to an initiation; it takes some 0.5 ms.
+const handshakeWait = 500 * time.Millisecond
+
+// Handshake lets the device answer an initiation that came in a request of outer, and returns its response; nil where
+// the initiation is not one of a known peer for this server's key, is a replay, or the device is under load.
+func (t *Tunnel) Handshake(ctx context.Context, initiation []byte, outer netip.AddrPort) []byte {
+	flight := vpn.NewFlight(outer)
+	if err := t.bind.Inject(initiation, flight); err != nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, handshakeWait)
+	defer cancel()
+	select {
+	case m := <-flight.Message():
+		if len(m) == vpn.ResponseSize {
+			return m
+		}
+	case <-ctx.Done():
+	}
+	return nil
+}
+
+// endpointLife is how long an endpoint may send without a window after its last handshake: WireGuard repeats handshakes
+// every two minutes and gives up on keys after three.
+const endpointLife = 5 * time.Minute
+
+// Run keeps the door's peers at the endpoints of the handshakes, until ctx ends. Asking the device for its peers costs
+// some 2 µs each, so it asks only when a handshake was answered, and at most once a second.
+func (t *Tunnel) Run(ctx context.Context) error {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	var seen uint64
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.wake:
+		case <-tick.C:
+			n := t.bind.Handshakes()
+			if n == seen {
+				continue
+			}
+			seen = n
+		}
+		endpoints, err := t.endpoints()
+		if err != nil {
+			t.log.Error("endpoints of the tunnel not read", "err", err)
+			continue
+		}
+		t.follow(endpoints, time.Now())
+	}
+}
+
+// follow writes endpoints to the door, and takes out the ones they replace.
+func (t *Tunnel) follow(endpoints map[session.Key]status, now time.Time) {
+	for key, e := range endpoints {
+		t.mu.Lock()
+		p := t.peers[key]
+		var old netip.AddrPort
+		if p != nil {
+			old = p.endpoint
+			p.endpoint = e.endpoint
+		}
+		t.mu.Unlock()
+		until := e.handshake.Add(endpointLife)
+		if p == nil || !until.After(now) {
+			continue
+		}
+		if p.session.Expires.Before(until) {
+			until = p.session.Expires
+		}
+		if err := t.door.AddPeer(e.endpoint, until); err != nil {
+			t.log.Error("endpoint not written", "session", p.session.ID, "endpoint", e.endpoint, "err", err)
+		}
+		if old.IsValid() && old != e.endpoint {
+			if err := t.door.RemovePeer(old); err != nil {
+				t.log.Error("endpoint not removed", "session", p.session.ID, "endpoint", old, "err", err)
+			}
+		}
+	}
+}
+
+// status is what the device says of a peer whose handshake is complete.
+type status struct {
+	endpoint  netip.AddrPort
+	handshake time.Time
+}
+
+// endpoints reads the device's state (https://www.wireguard.com/xplatform/). The text holds private and preshared keys:
+// it must never be logged.
+func (t *Tunnel) endpoints() (map[session.Key]status, error) {
+	text, err := t.dev.IpcGet()
+	if err != nil {
+		return nil, err
+	}
+	list := map[session.Key]status{}
+	var key session.Key
+	var s status
+	note := func() {
+		if s.endpoint.IsValid() && !s.handshake.IsZero() {
+			list[key] = s
+		}
+		s = status{}
+	}
+	for lines := bufio.NewScanner(strings.NewReader(text)); lines.Scan(); {
+		name, value, _ := strings.Cut(lines.Text(), "=")
+		switch name {
+		case "public_key":
+			note()
+			b, err := hex.DecodeString(value)
+			if err != nil || len(b) != len(key) {
+				return nil, errors.New("the device lists a public key that is none")
+			}
+			key = session.Key(b)
+		case "endpoint":
+			if e, err := netip.ParseAddrPort(value); err == nil {
+				s.endpoint = netip.AddrPortFrom(e.Addr().Unmap().WithZone(""), e.Port())
+			}
+		case "last_handshake_time_sec":
+			var sec int64
+			if _, err := fmt.Sscan(value, &sec); err == nil && sec > 0 {
+				s.handshake = time.Unix(sec, 0)
+			}
+		}
+	}
+	note()
+	return list, nil
+}

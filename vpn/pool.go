@@ -1,0 +1,123 @@
+package vpn
+
+import (
+	"errors"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+// Quarantine is how long a released address waits before another certificate gets it: longer than a TCP peer retransmits
+// (RFC 9293 and Linux's tcp_retries2: some 15 minutes), so that no old connection's bytes reach a new owner.
+const Quarantine = 20 * time.Minute
+
+// ErrPoolEmpty is returned when every address is held or in quarantine.
+var ErrPoolEmpty = errors.New("no free tunnel address")
+
+// Pool hands out the addresses of an IPv4 network but its first two (the network, the daemon) and its last (broadcast).
+// An address stays with its certificate: who comes back gets the one he had, quarantine or not.
+type Pool struct {
+	mu       sync.Mutex
+	next     netip.Addr // never handed out yet, from here on
+	end      netip.Addr // the broadcast address
+	owners   map[netip.Addr][32]byte
+	held     map[netip.Addr]bool
+	byOwner  map[[32]byte][]netip.Addr
+	released []release // in order of time
+	last     map[netip.Addr]time.Time
+}
+
+type release struct {
+	address netip.Addr
+	at      time.Time
+}
+
+// NewPool makes a pool of network, whose first address is the daemon's.
+func NewPool(network netip.Prefix) *Pool {
+	network = network.Masked()
+	last := network.Addr().As4()
+	for i := network.Bits(); i < 32; i++ {
+		last[i/8] |= 0x80 >> (i % 8)
+	}
+	return &Pool{next: network.Addr().Next().Next(), end: netip.AddrFrom4(last), owners: map[netip.Addr][32]byte{},
+		held: map[netip.Addr]bool{}, byOwner: map[[32]byte][]netip.Addr{}, last: map[netip.Addr]time.Time{}}
+}
+
+// Size is how many addresses network has for clients.
+func Size(network netip.Prefix) int { return 1<<(32-network.Bits()) - 3 }
+
+// Take holds an address for owner. ErrPoolEmpty: try again after Quarantine at the latest.
+func (p *Pool) Take(owner [32]byte, now time.Time) (netip.Addr, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, a := range p.byOwner[owner] {
+		if !p.held[a] {
+			p.held[a] = true
+			return a, nil
+		}
+	}
+	for p.next.Less(p.end) {
+		a := p.next
+		p.next = a.Next()
+		if _, used := p.owners[a]; !used { // Hold may have come first
+			p.holdLocked(a, owner)
+			return a, nil
+		}
+	}
+	for len(p.released) > 0 && now.Sub(p.released[0].at) >= Quarantine {
+		r := p.released[0]
+		p.released = p.released[1:]
+		// Its owner may have come back since, and gone again later.
+		if a := r.address; !p.held[a] && p.last[a].Equal(r.at) {
+			p.disownLocked(a)
+			p.holdLocked(a, owner)
+			return a, nil
+		}
+	}
+	return netip.Addr{}, ErrPoolEmpty
+}
+
+// Hold marks an address as owner's, for sessions that come back after a restart.
+func (p *Pool) Hold(a netip.Addr, owner [32]byte) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.disownLocked(a)
+	p.holdLocked(a, owner)
+}
+
+// Release begins the quarantine of an address that Take or Hold held.
+func (p *Pool) Release(a netip.Addr, now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.held[a] {
+		delete(p.held, a)
+		p.last[a] = now
+		p.released = append(p.released, release{a, now})
+	}
+}
+
+func (p *Pool) holdLocked(a netip.Addr, owner [32]byte) {
+	p.held[a] = true
+	p.owners[a] = owner
+	p.byOwner[owner] = append(p.byOwner[owner], a)
+}
+
+func (p *Pool) disownLocked(a netip.Addr) {
+	owner, ok := p.owners[a]
+	if !ok {
+		return
+	}
+	delete(p.owners, a)
+	list := p.byOwner[owner]
+	for i, x := range list {
+		if x == a {
+			list = append(list[:i], list[i+1:]...)
+			break
+		}
+	}
+	if len(list) == 0 {
+		delete(p.byOwner, owner)
+	} else {
+		p.byOwner[owner] = list
+	}
+}
