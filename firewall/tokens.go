@@ -16,8 +16,8 @@ import (
 
 // StepStore remembers, across restarts and loss of the table, the highest step whose tokens were ever in the kernel.
 type StepStore interface {
-	HighestStep() (int64, error)
-	SetHighestStep(int64) error
+	TokenStep() (uint64, error)
+	RaiseTokenStep(uint64) error
 }
 
 // Tokens keeps the tokens of steps t-1, t and t+1 in the kernel. With it dead, knocks stop working by themselves.
@@ -39,7 +39,8 @@ type Tokens struct {
 // since nobody knows which of its tokens were spent. Else spent tokens are in the kernel for three steps back, which is
 // as far as a clock may have been set back.
 func NewTokens(fw *Firewall, fresh bool, server knock.ServerID, length time.Duration, store StepStore, log *slog.Logger) (*Tokens, error) {
-	highest, err := store.HighestStep()
+	recorded, err := store.TokenStep()
+	highest := int64(recorded)
 	if err != nil {
 		return nil, fmt.Errorf("highest token step: %w", err)
 	}
@@ -86,7 +87,7 @@ func (t *Tokens) Refresh(now time.Time) error {
 	}
 	for step := max(current-1, t.next); step <= current+1; step++ {
 		// Written first: a crash between the two closes a step, never opens it twice.
-		if err := t.store.SetHighestStep(step); err != nil {
+		if err := t.store.RaiseTokenStep(uint64(step)); err != nil {
 			return fmt.Errorf("highest token step %d: %w", step, err)
 		}
 		if err := t.load(maps.Values(t.credentials), step, now); err != nil {

@@ -128,12 +128,15 @@ func (s *Server) Serve(ctx context.Context, ready func(Status)) error {
 			if err != nil {
 				return
 			}
-			talks.Go(func() { s.talk(c, cancel) })
+			talks.Go(func() { s.talk(ctx, c, cancel) })
 		}
 	}()
-	// Whoever waits for an answer gets it before the process ends.
-	defer talks.Wait()
-	defer close(s.ended)
+	defer func() { // whoever waits for an answer gets it before the process ends
+		cancel()
+		listener.Close()
+		close(s.ended)
+		talks.Wait()
+	}()
 
 	s.failed = s.Keeper.Start(ctx)
 	close(s.ready)
@@ -182,9 +185,9 @@ func (s *Server) update(f func()) {
 	s.change = make(chan struct{})
 }
 
-func (s *Server) talk(c net.Conn, end func()) {
+func (s *Server) talk(ctx context.Context, c net.Conn, end func()) {
 	defer c.Close()
-	c.SetReadDeadline(time.Now().Add(5 * time.Second))
+	c.SetReadDeadline(time.Now().Add(time.Second))
 	in := bufio.NewReaderSize(c, 1024)
 	line, err := in.ReadSlice('\n') // longer than the buffer is an error
 	if err != nil {
@@ -215,12 +218,16 @@ func (s *Server) talk(c net.Conn, end func()) {
 	case doUp:
 		s.update(func() { s.Held = false })
 		<-s.ready
-		answer()
+		if ctx.Err() == nil || s.failed != nil { // on its way down it promises nothing
+			answer()
+		}
 	case doHold:
 		s.update(func() { s.holders++ })
 		defer s.update(func() { s.holders-- })
 		<-s.ready
-		answer()
+		if ctx.Err() == nil || s.failed != nil {
+			answer()
+		}
 		gone := make(chan struct{})
 		go func() { in.ReadByte(); close(gone) }()
 		select {

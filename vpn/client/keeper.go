@@ -168,7 +168,8 @@ func (k *Keeper) Run(ctx context.Context) error {
 	t := k.tunnel
 	v := vitals{renewAt: renewTime(k.since, t.Session.Expires)}
 	failures := 0
-	place := newPlace(t.Gate, k.Now())
+	began := time.Now()
+	place := newPlace(t.Gate, k.Now(), 0)
 	var probeAt time.Time
 	for {
 		now := k.Now()
@@ -182,7 +183,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 		case <-tick.C:
 		}
 		v.now = k.Now()
-		v.moved = place.moved(v.now)
+		v.moved = place.moved(v.now, time.Since(began))
 		v.answered = t.Stats().LastHandshake
 		if i := t.wire.initiation.Load(); i != nil {
 			v.asked = i.at
@@ -219,7 +220,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 			}
 			k.adopt(fresh).Close()
 			k.Log.Info("new session", "session", fresh.Session.ID, "address", fresh.Session.Address, "expires", fresh.Session.Expires)
-			t, place, probeAt = fresh, newPlace(fresh.Gate, k.Now()), time.Time{}
+			t, place, probeAt = fresh, newPlace(fresh.Gate, k.Now(), time.Since(began)), time.Time{}
 			// A session whose packets do not come back is no reason to ask for the next one at once.
 			v = vitals{renewAt: renewTime(k.Now(), t.Session.Expires), nextTry: k.Now().Add(pause(failures, longestPause))}
 		}
@@ -294,21 +295,24 @@ func (k *Keeper) Status() Status {
 	return s
 }
 
-// place is where this machine is, as the gate sees it: the source address towards it. A wall clock that runs ahead of
-// the monotonic one has slept.
+// place is where this machine is, as the gate sees it: the source address towards it. While a machine sleeps the wall
+// clock goes on and the monotonic one does not.
 type place struct {
 	gate   netip.AddrPort
 	source netip.Addr
-	seen   time.Time
+	wall   time.Time
+	awake  time.Duration
 }
 
-func newPlace(gate netip.AddrPort, now time.Time) *place {
-	return &place{gate, sourceTowards(gate), now}
+func newPlace(gate netip.AddrPort, wall time.Time, awake time.Duration) *place {
+	return &place{gate, sourceTowards(gate), wall.Round(0), awake}
 }
 
-func (p *place) moved(now time.Time) bool {
-	slept := now.Round(0).Sub(p.seen.Round(0))-now.Sub(p.seen) > 3*time.Second
-	p.seen = now
+// moved tells of another network or a sleep since it was last asked. Awake is the monotonic clock's time.
+func (p *place) moved(wall time.Time, awake time.Duration) bool {
+	wall = wall.Round(0) // or the subtraction would use the monotonic clock
+	slept := wall.Sub(p.wall)-(awake-p.awake) > 3*time.Second
+	p.wall, p.awake = wall, awake
 	source := sourceTowards(p.gate)
 	if !source.IsValid() { // between networks: wait for the next
 		return false

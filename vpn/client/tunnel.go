@@ -69,36 +69,39 @@ const responsePatience = 500 * time.Millisecond
 // Open knocks, asks for a session and brings the tunnel up. The WireGuard initiation travels in the request and its
 // response in the reply: with the reply the tunnel has keys, on a way that UDP need not have worked on yet. With replaces,
 // routes move over from that tunnel and its session is ended; closing it is the caller's.
-func Open(ctx context.Context, o Options, replaces *Tunnel) (t *Tunnel, err error) {
+func Open(ctx context.Context, o Options, replaces *Tunnel) (*Tunnel, error) {
 	if err := o.Profile.checkDates(time.Now()); err != nil {
-		return nil, err
-	}
-	private, err := ecdh.X25519().GenerateKey(rand.Reader) // of this session alone: the gate takes no key twice
-	if err != nil {
 		return nil, err
 	}
 	link, err := o.NewLink()
 	if err != nil {
 		return nil, err
 	}
-	t = &Tunnel{link: link, wire: newWire()}
+	t := &Tunnel{link: link, wire: newWire()}
 	t.dev = device.NewDevice(newQuietTUN(link), t.wire, &device.Logger{
 		Verbosef: device.DiscardLogf,
 		Errorf:   func(format string, a ...any) { o.Log.Debug(fmt.Sprintf(format, a...)) },
 	})
-	defer func() {
-		if err != nil {
-			t.Close()
-		}
-	}()
-	if t.Interface, err = link.Name(); err != nil {
+	if err := t.open(ctx, o, replaces); err != nil {
+		t.Close()
 		return nil, err
+	}
+	return t, nil
+}
+
+func (t *Tunnel) open(ctx context.Context, o Options, replaces *Tunnel) error {
+	private, err := ecdh.X25519().GenerateKey(rand.Reader) // of this session alone: the gate takes no key twice
+	if err != nil {
+		return err
+	}
+	if t.Interface, err = t.link.Name(); err != nil {
+		return err
 	}
 	if err := t.dev.IpcSet("private_key=" + hex.EncodeToString(private.Bytes()) + "\n"); err != nil {
-		return nil, err
+		return err
 	}
 	if err := t.dev.Up(); err != nil {
-		return nil, fmt.Errorf("UDP socket: %w", err)
+		return fmt.Errorf("UDP socket: %w", err)
 	}
 
 	// The token leaves first; keys are worked out while it travels.
@@ -108,24 +111,25 @@ func Open(ctx context.Context, o Options, replaces *Tunnel) (t *Tunnel, err erro
 		conn, err := d.Dial(ctx)
 		reached <- dialed{conn, err}
 	}()
-	initiation, err := t.initiate(o.Profile.typed.serverKey)
 	began := time.Now()
+	initiation, err := t.initiate(o.Profile.typed.serverKey)
 	r := <-reached
-	if err = errors.Join(err, r.err); err != nil {
-		if r.conn != nil {
-			r.conn.Close()
-		}
-		return nil, err
+	if r.err != nil {
+		return r.err
+	}
+	if err != nil {
+		r.conn.Close()
+		return err
 	}
 	g, err := o.Profile.handshake(ctx, r.conn)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer g.Close()
 	if time.Since(began) > initiationLife {
-		t.peer.ExpireCurrentKeypairs()
+		t.peer.ExpireCurrentKeypairs() // lets it make another at once
 		if initiation, err = t.initiate(o.Profile.typed.serverKey); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	name := o.Profile.Device
@@ -134,31 +138,31 @@ func Open(ctx context.Context, o Options, replaces *Tunnel) (t *Tunnel, err erro
 	}
 	request := vpn.SessionRequest{PublicKey: private.PublicKey().Bytes(), Initiation: initiation, Device: name[:min(len(name), 64)]}
 	if err := g.do(ctx, http.MethodPost, vpn.SessionPath, request, &t.Session); err != nil {
-		return nil, err
+		return err
 	}
 	if o.Progress != nil {
 		o.Progress("certificate accepted")
 	}
 	t.PostQuantum = g.postQuantum()
-	err = checkReply(&t.Session)
-	if err == nil {
-		t.Gate = r.conn.RemoteAddr().(*net.TCPAddr).AddrPort()
+	t.Gate = r.conn.RemoteAddr().(*net.TCPAddr).AddrPort()
+	if err = checkReply(&t.Session); err == nil {
 		err = t.complete(ctx, o, replaces != nil)
 	}
-	end := ""
-	if err != nil && t.Session.ID != "" {
-		end = t.Session.ID // of no use to anybody
-	} else if replaces != nil {
-		end = replaces.Session.ID
+	switch {
+	case err != nil: // a session of no use to anybody
+		endOn(ctx, g, t.Session.ID, o.Log)
+	case replaces != nil:
+		endOn(ctx, g, replaces.Session.ID, o.Log)
 	}
-	if end != "" {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endPatience)
-		defer cancel()
-		if err := endSession(ctx, g, end); err != nil {
-			o.Log.Warn("an earlier session was not ended; it will expire", "session", end, "error", err)
-		}
+	return err
+}
+
+func endOn(ctx context.Context, g *gateConn, id string, log *slog.Logger) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endPatience)
+	defer cancel()
+	if err := endSession(ctx, g, id); err != nil {
+		log.Warn("a session was not ended; it expires by itself", "session", id, "error", err)
 	}
-	return t, err
 }
 
 // initiate makes the device know the gate's key and takes the handshake's first message out of it.
@@ -202,7 +206,6 @@ func (t *Tunnel) complete(ctx context.Context, o Options, takeOver bool) error {
 		return err
 	}
 	key, response := wgKey(s.ServerPublicKey), s.Response
-	config := ""
 	if key != o.Profile.typed.serverKey { // rotated since the profile was made: the initiation was for another
 		if err := t.dev.IpcSet("public_key=" + o.Profile.typed.serverKey.hex() + "\nremove=true\n"); err != nil {
 			return err
@@ -212,7 +215,7 @@ func (t *Tunnel) complete(ctx context.Context, o Options, takeOver bool) error {
 		}
 		response = nil
 	}
-	config = "public_key=" + key.hex() + "\nupdate_only=true\npreshared_key=" + hex.EncodeToString(s.PresharedKey) + "\n"
+	config := "public_key=" + key.hex() + "\nupdate_only=true\npreshared_key=" + hex.EncodeToString(s.PresharedKey) + "\n"
 	for _, a := range []netip.AddrPort{s.Proxy, s.Console} {
 		if a.IsValid() {
 			config += "allowed_ip=" + netip.PrefixFrom(a.Addr(), a.Addr().BitLen()).String() + "\n"
@@ -326,6 +329,9 @@ func (t *Tunnel) Close() {
 }
 
 func endSession(ctx context.Context, g *gateConn, id string) error {
+	if _, err := hex.DecodeString(id); err != nil {
+		return fmt.Errorf("session id %q: want hexadecimal digits", id) // it goes into a path
+	}
 	err := g.do(ctx, http.MethodDelete, vpn.SessionPath+"/"+id, nil, nil)
 	var api *vpn.APIError
 	if errors.As(err, &api) && api.Code == vpn.CodeNotFound {

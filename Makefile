@@ -1,0 +1,64 @@
+# make demo   installs what is missing, builds, and shows the whole path in network namespaces
+# make test   installs what is missing, builds, lints, runs every test
+# Both need root (namespaces, nftables) and leave nothing behind.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+GO ?= go
+
+DEMO_TOOLS := nft:nftables ip:iproute2 curl:curl nmap:nmap
+TEST_TOOLS := $(DEMO_TOOLS) gcc:gcc knock:knockd tcpdump:tcpdump wg:wireguard-tools
+UNIT := $(GO) list ./... | grep -v internal/lab/e2e
+
+.PHONY: build demo test lint unit e2e fuzz bench clean demo-tools test-tools
+
+build:
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
+
+demo: demo-tools build
+	$(GO) build -o bin/lab-demo ./internal/lab/demo
+	bin/lab-demo
+
+test: test-tools build lint unit e2e
+
+lint:
+	@out=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$out" ] || { echo "gofmt would change:"; echo "$$out"; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool -modfile=tools/go.mod staticcheck ./...
+	for os in darwin windows; do GOOS=$$os CGO_ENABLED=0 $(GO) vet ./cmd/knock ./cmd/vpn ./vpn ./vpn/client ./knock; done
+
+unit:
+	$(GO) test -race $$($(UNIT))
+
+e2e: build
+	$(GO) test -count=1 -timeout 8m ./internal/lab/e2e
+
+# Each fuzz target for FUZZTIME.
+FUZZTIME ?= 30s
+fuzz:
+	for pkg in $$($(GO) list ./...); do \
+		for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
+			echo "$$pkg $$target"; $(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$pkg; \
+		done; \
+	done
+
+bench:
+	$(GO) test -run '^$$' -bench . -benchmem $$($(UNIT))
+
+clean:
+	rm -rf bin
+
+# Debian packages of the tools that are missing: command:package.
+define install
+	@missing=(); for t in $(1); do command -v "$${t%%:*}" >/dev/null || missing+=("$${t##*:}"); done; \
+	if [ $${#missing[@]} -gt 0 ]; then \
+		[ "$$(id -u)" = 0 ] || { echo "missing: $${missing[*]}; run as root, or: sudo apt-get install $${missing[*]}" >&2; exit 1; }; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null; \
+	fi
+endef
+
+demo-tools:
+	$(call install,$(DEMO_TOOLS))
+
+test-tools:
+	$(call install,$(TEST_TOOLS))

@@ -1,0 +1,175 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"perimeterd/configs"
+	"perimeterd/internal/control"
+	"perimeterd/internal/identity"
+)
+
+// expiryWarning is how long before its end a certificate is a problem: time enough to hand out new ones.
+const expiryWarning = 30 * 24 * time.Hour
+
+// check is one line of `perimeterd check`. Run says what is well, or returns what is not with the way out.
+type check struct {
+	name string
+	run  func(context.Context, *configs.Config) (string, error)
+}
+
+func checks() []check {
+	return []check{
+		{"keys", checkKeys},
+		{"certificates", checkCertificates},
+		{"state", checkState},
+	}
+}
+
+func newCheckCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "check",
+		Short: "Say what is wrong with configuration, keys and state",
+		Long: `Examples:
+  perimeterd check
+  perimeterd check --config /tmp/new.toml    before it goes live
+
+Exit status, for monitors: 0 all is well, 1 something is not, 2 the configuration is wrong.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := loadConfig(cmd)
+			if err != nil {
+				return err
+			}
+			out := cmd.OutOrStdout()
+			fmt.Fprintf(out, "ok       configuration: %s\n", c.File)
+			problems := 0
+			for _, k := range checks() {
+				text, err := k.run(cmd.Context(), c)
+				if err != nil {
+					problems++
+					fmt.Fprintf(out, "problem  %s: %v\n", k.name, err)
+					continue
+				}
+				fmt.Fprintf(out, "ok       %s: %s\n", k.name, text)
+			}
+			if problems > 0 {
+				return fmt.Errorf("problems: %d, see above", problems)
+			}
+			return nil
+		},
+	}
+}
+
+func checkKeys(_ context.Context, c *configs.Config) (string, error) {
+	id := c.Identity
+	dir := filepath.Dir(id.Master)
+	st, err := os.Stat(dir)
+	if err != nil {
+		return "", missing(err)
+	}
+	if st.Mode().Perm()&0o077 != 0 {
+		return "", fmt.Errorf("%s has mode %04o: others may look in: chmod 700 %s", dir, st.Mode().Perm(), dir)
+	}
+	for _, path := range []string{id.Key, id.Master, id.WireGuardKey, id.CAKey} {
+		st, err := os.Stat(path)
+		if path == id.CAKey && errors.Is(err, fs.ErrNotExist) {
+			continue // kept elsewhere, which is better
+		}
+		if err != nil {
+			return "", missing(err)
+		}
+		if st.Mode().Perm()&0o077 != 0 {
+			return "", fmt.Errorf("%s has mode %04o: others may read it: chmod 600 %s", path, st.Mode().Perm(), path)
+		}
+	}
+	for _, path := range []string{id.Master, id.WireGuardKey} {
+		if _, err := identity.ReadKey(path); err != nil {
+			return "", missing(err)
+		}
+	}
+	return dir + "/ is complete and private", nil
+}
+
+func missing(err error) error {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%w: `perimeterd init` makes it, a backup has it", err)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("%w: run it as root", err)
+	}
+	return err
+}
+
+func checkCertificates(_ context.Context, c *configs.Config) (string, error) {
+	now := time.Now()
+	authorities, err := identity.ReadCertificates(c.Identity.CA)
+	if err != nil {
+		return "", missing(err)
+	}
+	pair, err := tls.LoadX509KeyPair(c.Identity.Cert, c.Identity.Key)
+	if err != nil {
+		return "", missing(err)
+	}
+	roots := x509.NewCertPool()
+	for _, a := range authorities {
+		roots.AddCert(a)
+	}
+	id, err := identity.ReadServerID(c.Identity.ServerID)
+	if err != nil {
+		return "", missing(err)
+	}
+	host, _, err := net.SplitHostPort(c.Endpoint)
+	if err != nil {
+		return "", err
+	}
+	// Clients look for the server id; stock ones for the host.
+	for _, name := range []string{hex.EncodeToString(id[:]), host} {
+		_, err := pair.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: name, CurrentTime: now})
+		if err != nil {
+			return "", fmt.Errorf("%s as %s: %w", c.Identity.Cert, name, err)
+		}
+	}
+	end := pair.Leaf.NotAfter
+	for _, a := range authorities {
+		if a.NotAfter.Before(end) {
+			end = a.NotAfter
+		}
+	}
+	if end.Before(now.Add(expiryWarning)) {
+		return "", fmt.Errorf("one of %s and %s ends on %s: after that nobody comes in", c.Identity.CA, c.Identity.Cert, end.Format(time.DateOnly))
+	}
+	return "good until " + end.Local().Format(time.DateOnly), nil
+}
+
+func checkState(ctx context.Context, c *configs.Config) (text string, err error) {
+	err = withUsers(ctx, c, func(us users) error {
+		all, err := us.ListUsers(ctx)
+		if err != nil {
+			return err
+		}
+		active := 0
+		for _, u := range all {
+			if u.Active() {
+				active++
+			}
+		}
+		text = fmt.Sprintf("users: %d, the daemon is not running", active)
+		if _, remote := us.(*control.Client); remote {
+			text = fmt.Sprintf("users: %d, the daemon is running", active)
+		}
+		return nil
+	})
+	return text, err
+}

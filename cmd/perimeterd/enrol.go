@@ -1,0 +1,260 @@
+package main
+
+import (
+	"bytes"
+	"crypto/ecdh"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"filippo.io/age"
+	"filippo.io/age/armor"
+	"github.com/pelletier/go-toml/v2"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"perimeterd/configs"
+	"perimeterd/internal/identity"
+	"perimeterd/knock"
+	"perimeterd/vpn/client"
+)
+
+type addOptions struct {
+	name, device, out, passphraseFile string
+	groups                            []string
+	valid                             time.Duration
+}
+
+// run issues a certificate, enters its key in the state, and writes the profile, in this order. The private key is nowhere
+// but in the profile, so a record without a profile lets nobody in, and is revoked besides; a profile is never written for
+// a record that was not.
+func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) error {
+	if _, err := os.Lstat(o.out); err == nil {
+		return fmt.Errorf("%s exists and is not overwritten: name another file with --out", o.out)
+	}
+	for _, n := range [][2]string{{"user", o.name}, {"device", o.device}} {
+		if err := identity.CheckName(n[0], n[1]); err != nil {
+			return usageError{err}
+		}
+	}
+	passphrase, err := o.passphrase()
+	if err != nil {
+		return err
+	}
+	ca, err := identity.LoadCA(c.Identity.CA, c.Identity.CAKey)
+	if err != nil {
+		return err
+	}
+	p, master, err := serverProfile(c)
+	if err != nil {
+		return err
+	}
+	issued, err := ca.IssueClient(o.name, o.device, o.valid, time.Now())
+	if err != nil {
+		return err
+	}
+	return withUsers(cmd.Context(), c, func(us users) error {
+		u, err := us.AddUser(cmd.Context(), identity.Enrolment{
+			Name: o.name, Groups: o.groups, Device: o.device, Key: issued.KeyHash, NotAfter: issued.NotAfter,
+		})
+		if err != nil {
+			return err
+		}
+		p.User, p.Device = o.name, o.device
+		p.Certificate, p.Key = string(issued.Certificate), string(issued.Key)
+		if c.Knock.Tokens {
+			p.KnockSecret = base64.StdEncoding.EncodeToString(knock.Secret(master[:], u.Name, u.Epoch))
+			p.KnockStep = c.Knock.Step.String()
+		}
+		p.Sequence = sequenceOf(c, o.name)
+		text, err := encodeProfile(p, passphrase)
+		if err == nil {
+			err = identity.WriteNew(o.out, text, 0o600)
+		}
+		if err != nil {
+			return errors.Join(fmt.Errorf("the profile could not be written, so %s's device %s is revoked again: %w", o.name, o.device, err),
+				o.takeBack(cmd, us, u))
+		}
+		o.report(cmd, issued.NotAfter, passphrase != "")
+		return nil
+	})
+}
+
+// takeBack undoes AddUser: the user goes too where he has no other device.
+func (o *addOptions) takeBack(cmd *cobra.Command, us users, u identity.User) error {
+	device := ""
+	for _, d := range u.Devices {
+		if d.Name != o.device && d.Revoked.IsZero() {
+			device = o.device
+		}
+	}
+	_, err := us.RevokeUser(cmd.Context(), o.name, device)
+	return err
+}
+
+func (o *addOptions) report(cmd *cobra.Command, end time.Time, protected bool) {
+	out := cmd.OutOrStdout()
+	fmt.Fprintf(out, "%s may come in until %s, with device %s.\n\n", o.name, end.Local().Format(time.DateOnly), o.device)
+	fmt.Fprintf(out, "Send %s to %s by a way that nobody else reads", o.out, o.name)
+	if protected {
+		fmt.Fprint(out, ", the passphrase by another")
+	}
+	file := o.out[strings.LastIndexByte(o.out, '/')+1:]
+	fmt.Fprintf(out, ", then delete it here. There, next:\n    vpn import %s\n    knock && vpn up\n", file)
+	if !protected {
+		stderrf("%s has no passphrase: whoever reads the file is %s. A terminal asks for one, --passphrase-file gives one.", o.out, o.name)
+	}
+}
+
+// passphrase is empty where the profile stays unprotected.
+func (o *addOptions) passphrase() (string, error) {
+	if o.passphraseFile != "" {
+		data, err := os.ReadFile(o.passphraseFile)
+		if err != nil {
+			return "", fmt.Errorf("--passphrase-file: %w", err)
+		}
+		line, _, _ := strings.Cut(string(data), "\n")
+		if line = strings.TrimRight(line, "\r"); line == "" {
+			return "", fmt.Errorf("--passphrase-file %s: its first line is empty: write the passphrase there", o.passphraseFile)
+		}
+		return line, nil
+	}
+	if !term.IsTerminal(int(os.Stdin.Fd())) {
+		return "", nil
+	}
+	ask := func(prompt string) (string, error) {
+		fmt.Fprint(os.Stderr, prompt)
+		b, err := term.ReadPassword(int(os.Stdin.Fd()))
+		fmt.Fprintln(os.Stderr)
+		return string(b), err
+	}
+	first, err := ask("Passphrase for the profile (empty: none): ")
+	if err != nil || first == "" {
+		return "", err
+	}
+	second, err := ask("The same again: ")
+	if err != nil {
+		return "", err
+	}
+	if first != second {
+		return "", errors.New("the passphrases differ: nothing was done, try again")
+	}
+	return first, nil
+}
+
+// serverProfile is the part of a profile that all users have in common, and the knock master.
+func serverProfile(c *configs.Config) (p client.Profile, master [32]byte, err error) {
+	fail := func(err error) (client.Profile, [32]byte, error) {
+		if errors.Is(err, fs.ErrPermission) {
+			err = fmt.Errorf("%w: run it as root", err)
+		}
+		return client.Profile{}, [32]byte{}, err
+	}
+	if master, err = identity.ReadKey(c.Identity.Master); err != nil {
+		return fail(err)
+	}
+	raw, err := identity.ReadKey(c.Identity.WireGuardKey)
+	if err != nil {
+		return fail(err)
+	}
+	wireguard, err := ecdh.X25519().NewPrivateKey(raw[:])
+	if err != nil {
+		return fail(err)
+	}
+	id, err := identity.ReadServerID(c.Identity.ServerID)
+	if err != nil {
+		return fail(err)
+	}
+	ca, err := os.ReadFile(c.Identity.CA)
+	if err != nil {
+		return fail(err)
+	}
+	host, port, err := net.SplitHostPort(c.Endpoint)
+	if err != nil {
+		return fail(err)
+	}
+	p = client.Profile{
+		Version:         client.ProfileVersion,
+		Endpoints:       []string{c.Endpoint},
+		TunnelPort:      c.Gate.TunnelPort,
+		ServerID:        hex.EncodeToString(id[:]),
+		ServerPublicKey: base64.StdEncoding.EncodeToString(wireguard.PublicKey().Bytes()),
+		Egress:          []string{},
+		CA:              string(ca),
+	}
+	for _, n := range c.Firewall.GatePorts {
+		if other := strconv.Itoa(int(n)); other != port {
+			p.Endpoints = append(p.Endpoints, net.JoinHostPort(host, other))
+		}
+	}
+	for _, e := range c.Egress.Public {
+		p.Egress = append(p.Egress, e.String())
+	}
+	return p, master, nil
+}
+
+// sequenceOf is the user's own knock sequence, else the first shared one, else none.
+func sequenceOf(c *configs.Config, name string) (ports []string) {
+	i := slices.Index(c.Knock.Users, name)
+	if i < 0 {
+		i = slices.Index(c.Knock.Users, "")
+	}
+	if i < 0 {
+		return nil
+	}
+	for _, p := range c.Firewall.Sequences[i].Ports {
+		ports = append(ports, p.String())
+	}
+	return ports
+}
+
+// profileFile is client.Profile with PEM on lines of its own, as a person expects it.
+type profileFile struct {
+	Version         int      `toml:"version"`
+	User            string   `toml:"user"`
+	Device          string   `toml:"device,omitempty"`
+	Endpoints       []string `toml:"endpoints"`
+	TunnelPort      uint16   `toml:"tunnel_port"`
+	ServerID        string   `toml:"server_id"`
+	ServerPublicKey string   `toml:"server_public_key"`
+	KnockSecret     string   `toml:"knock_secret,omitempty"`
+	KnockStep       string   `toml:"knock_step,omitempty"`
+	Sequence        []string `toml:"sequence,omitempty"`
+	Egress          []string `toml:"egress"`
+	CA              string   `toml:"ca,multiline"`
+	Certificate     string   `toml:"certificate,multiline"`
+	Key             string   `toml:"key,multiline"`
+}
+
+// encodeProfile writes the profile as TOML, and with a passphrase as an armored age file around it.
+func encodeProfile(p client.Profile, passphrase string) ([]byte, error) {
+	text, err := toml.Marshal(profileFile(p)) // a field more in the profile does not compile here
+	if err != nil || passphrase == "" {
+		return text, err
+	}
+	recipient, err := age.NewScryptRecipient(passphrase)
+	if err != nil {
+		return nil, err
+	}
+	var b bytes.Buffer
+	armored := armor.NewWriter(&b)
+	w, err := age.Encrypt(armored, recipient)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := w.Write(text); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(w.Close(), armored.Close()); err != nil {
+		return nil, err
+	}
+	return b.Bytes(), nil
+}

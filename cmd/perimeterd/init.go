@@ -1,0 +1,334 @@
+package main
+
+import (
+	"context"
+	"crypto/ecdh"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/big"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"perimeterd/configs"
+	"perimeterd/internal/identity"
+	"perimeterd/vpn"
+)
+
+// serviceUnit is started after init where systemd has it.
+const serviceUnit = "perimeterd.service"
+
+type initOptions struct {
+	config   string // path
+	dir      string // --dir, absolute, or empty
+	endpoint string
+	egress   []string
+}
+
+func newInitCommand() *cobra.Command {
+	var o initOptions
+	cmd := &cobra.Command{
+		Use:   "init",
+		Short: "Make the keys, the certificates, a random knock sequence and perimeterd.toml",
+		Long: `Examples:
+  perimeterd init                                          on EC2: the address and region come from the instance
+  perimeterd init --endpoint bastion.example.com
+  perimeterd init --endpoint bastion.example.com:443 --egress 203.0.113.10/32
+  perimeterd init --endpoint 127.0.0.1 --dir ./try         everything below ./try, no service is started
+
+It asks nothing, and overwrites nothing. On EC2 the instance metadata service (IMDSv2) is asked for a second at most;
+AWS_EC2_METADATA_DISABLED=true keeps it from that.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			if o.config, err = cmd.Flags().GetString("config"); err != nil {
+				return err
+			}
+			if o.dir != "" {
+				if o.dir, err = filepath.Abs(o.dir); err != nil {
+					return err
+				}
+				o.config = filepath.Join(o.dir, "perimeterd.toml")
+			}
+			return runInit(cmd.Context(), cmd.OutOrStdout(), o)
+		},
+	}
+	cmd.Flags().StringVar(&o.endpoint, "endpoint", "", "`HOST[:PORT]` where clients find this host; a name is best: the address can move")
+	cmd.Flags().StringArrayVar(&o.egress, "egress", nil, "`CIDR` that AWS sees; may be repeated")
+	cmd.Flags().StringVar(&o.dir, "dir", "", "keep configuration, keys, state and socket below `DIR`")
+	return cmd
+}
+
+func runInit(ctx context.Context, out io.Writer, o initOptions) error {
+	ec2 := askEC2(ctx)
+	values, err := o.values(ec2)
+	if err != nil {
+		return err
+	}
+	text, err := configs.Render(values)
+	if err != nil {
+		return err
+	}
+	// What is written must be what the daemon takes.
+	c, err := configs.Parse(o.config, text)
+	if err != nil {
+		return err
+	}
+	if err := writeAll(c, o.config, text, time.Now()); errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("%w: run it as root, or try it out with --dir DIR", err)
+	} else if err != nil {
+		return err
+	}
+	return o.report(ctx, out, c, ec2)
+}
+
+// values are the keys of the reference that init fills in.
+func (o *initOptions) values(ec2 instance) (map[string]any, error) {
+	endpoint := o.endpoint
+	if endpoint == "" {
+		if !ec2.Address.IsValid() {
+			return nil, usageError{errors.New("where do clients find this host? It is not an EC2 instance with a public address: " +
+				"name it with --endpoint HOST[:PORT]")}
+		}
+		endpoint = ec2.Address.String()
+	}
+	if _, _, err := net.SplitHostPort(endpoint); err != nil {
+		endpoint = net.JoinHostPort(strings.Trim(endpoint, "[]"), strconv.Itoa(vpn.DefaultPort))
+	}
+	host, err := configs.SplitEndpoint(endpoint)
+	if err != nil {
+		return nil, usageError{fmt.Errorf("--endpoint %w", err)}
+	}
+	_, port, err := net.SplitHostPort(endpoint)
+	if err != nil {
+		return nil, err
+	}
+	egress := []string{}
+	for _, e := range o.egress {
+		// A single address is meant as itself; configs says what is wrong with anything else.
+		if a, err := netip.ParseAddr(e); err == nil {
+			e = netip.PrefixFrom(a, a.BitLen()).String()
+		} else if _, err := netip.ParsePrefix(e); err != nil {
+			return nil, usageError{fmt.Errorf("--egress %q: want a CIDR, as in 203.0.113.10/32", e)}
+		}
+		egress = append(egress, e)
+	}
+	if len(egress) == 0 {
+		a := ec2.Address
+		if !a.IsValid() {
+			a, _ = netip.ParseAddr(host) // a host goes out by the address at which it is reached, as a rule
+		}
+		if a.IsGlobalUnicast() && !a.IsPrivate() {
+			egress = append(egress, netip.PrefixFrom(a, a.BitLen()).String())
+		}
+	}
+	gatePort, err := strconv.ParseUint(port, 10, 16)
+	if err != nil {
+		return nil, err
+	}
+	v := map[string]any{
+		"gate.endpoint":        endpoint,
+		"gate.listen":          []string{":" + port},
+		"egress.public":        egress,
+		"knock.sequence.ports": randomSequence(uint16(gatePort)),
+	}
+	if ec2.Region != "" && ec2.Region != "us-east-1" {
+		v["proxy.regions"] = []string{"us-east-1", ec2.Region} // IAM and other global services live in the first
+	}
+	if o.dir != "" {
+		v["state_dir"], v["run_dir"] = filepath.Join(o.dir, "state"), filepath.Join(o.dir, "run")
+	}
+	return v, nil
+}
+
+// commonPorts are ports above 1023 that scanners try first, or that services of a bastion's neighbours use.
+var commonPorts = []uint16{
+	1080, 1194, 1433, 1434, 1521, 1701, 1723, 1883, 2049, 2082, 2083, 2181, 2222, 2375, 2376, 2379, 2380, 3000, 3128, 3260,
+	3306, 3389, 4000, 4369, 4443, 4444, 4500, 4789, 4848, 5000, 5001, 5044, 5060, 5061, 5201, 5222, 5432, 5555, 5601, 5672,
+	5900, 5901, 5984, 5985, 5986, 6000, 6379, 6443, 6667, 7000, 7001, 7070, 7443, 7474, 7777, 8000, 8008, 8009, 8080, 8081,
+	8086, 8088, 8089, 8090, 8125, 8140, 8443, 8472, 8500, 8530, 8883, 8888, 9000, 9001, 9042, 9090, 9091, 9092, 9093, 9100,
+	9200, 9300, 9418, 9443, 9999, 10000, 10050, 10051, 10250, 11211, 15672, 25565, 27015, 27017, 27018, 28017, 32400, 49152,
+	50000, 50070, 51820, 61616,
+}
+
+// randomSequence draws four TCP ports in an order that no scan has: neither rising nor falling, none near another.
+func randomSequence(gate uint16) []string {
+	const low, high, apart = 1024, 65535, 16
+	for {
+		var ports []int
+		for len(ports) < 4 {
+			n, err := rand.Int(rand.Reader, big.NewInt(high-low+1))
+			if err != nil {
+				panic(err) // never since Go 1.24
+			}
+			p := int(n.Int64()) + low
+			near := func(q int) bool { return max(p, q)-min(p, q) < apart }
+			if !slices.Contains(commonPorts, uint16(p)) && p != int(gate) && !slices.ContainsFunc(ports, near) {
+				ports = append(ports, p)
+			}
+		}
+		rising := slices.IsSorted(ports)
+		falling := slices.IsSortedFunc(ports, func(a, b int) int { return b - a })
+		if rising || falling {
+			continue
+		}
+		text := make([]string, len(ports))
+		for i, p := range ports {
+			text[i] = strconv.Itoa(p)
+		}
+		return text
+	}
+}
+
+// writeAll makes every file, or none: what it wrote before an error goes again. The configuration comes last, so where it
+// is, the rest is.
+func writeAll(c *configs.Config, config string, text []byte, now time.Time) (err error) {
+	id := c.Identity
+	for _, path := range []string{config, id.CA, id.CAKey, id.Cert, id.Key, id.Master, id.WireGuardKey, id.ServerID} {
+		if _, err := os.Lstat(path); err == nil {
+			return fmt.Errorf("%s exists: this host was set up before, and init overwrites nothing: "+
+				"go on with `perimeterd user add`, or begin elsewhere with --dir", path)
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	var serverID [16]byte
+	rand.Read(serverID[:]) // never fails since Go 1.24
+	name := hex.EncodeToString(serverID[:])
+	ca, err := identity.NewCA("perimeterd CA "+name[:8], now)
+	if err != nil {
+		return err
+	}
+	host, _, err := net.SplitHostPort(c.Gate.Endpoint)
+	if err != nil {
+		return err
+	}
+	gate, err := ca.IssueServer(name, host, now)
+	if err != nil {
+		return err
+	}
+	var master [32]byte
+	rand.Read(master[:])
+	wireguard, err := ecdh.X25519().GenerateKey(rand.Reader)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(config), 0o755); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(id.CAKey), 0o700); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
+		return err
+	}
+	var written []string
+	defer func() {
+		if err != nil {
+			for _, path := range written {
+				os.Remove(path)
+			}
+		}
+	}()
+	written = append(written, id.CA, id.CAKey)
+	if err := ca.Save(id.CA, id.CAKey); err != nil {
+		return err
+	}
+	for _, f := range []struct {
+		path string
+		data []byte
+		perm fs.FileMode
+	}{
+		{id.Cert, gate.Certificate, 0o644},
+		{id.Key, gate.Key, 0o600},
+		{id.Master, identity.EncodeKey(master), 0o600},
+		{id.WireGuardKey, identity.EncodeKey([32]byte(wireguard.Bytes())), 0o600},
+		{id.ServerID, []byte(name + "\n"), 0o644},
+		{config, text, 0o640},
+	} {
+		written = append(written, f.path)
+		if err := identity.WriteNew(f.path, f.data, f.perm); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// report ends init with what is left to do.
+func (o *initOptions) report(ctx context.Context, out io.Writer, c *configs.Config, ec2 instance) error {
+	flag := ""
+	if o.config != configs.DefaultPath {
+		flag = " --config " + o.config
+	}
+	seq := c.Firewall.Sequences[0].Ports
+	var ports []string
+	for _, p := range seq {
+		ports = append(ports, p.String())
+	}
+	gate := c.Firewall.GatePorts[0]
+	fmt.Fprintf(out, "%s and %s are written.\n\n", o.config, filepath.Dir(c.Identity.CAKey)+"/")
+	if len(c.Egress.Public) == 0 {
+		fmt.Fprintf(out, "The address that AWS sees is not known: write it in [egress] public before making policies.\n\n")
+	} else {
+		fmt.Fprintf(out, "AWS will see %v. If that is not so, write the address in [egress] public.\n\n", c.Egress.Public)
+	}
+	fmt.Fprintf(out, "Open these ports to everybody in the security group or outer firewall; the host itself keeps them shut:\n"+
+		"    %d/tcp  the gate\n    %d/udp  tunnel and token knocks\n    %s tcp  the knock sequence\n\n",
+		gate, c.Firewall.TunnelPort, strings.Join(ports, ", "))
+	fmt.Fprintf(out, "    %s\n\n", authorizeIngress(ec2, gate, c.Firewall.TunnelPort, ports))
+	switch {
+	case o.dir == "" && hasService(ctx):
+		if text, err := exec.CommandContext(ctx, "systemctl", "enable", "--now", serviceUnit).CombinedOutput(); err != nil {
+			return fmt.Errorf("everything is written, but the service did not start: systemctl: %s: see journalctl -u %s",
+				strings.TrimSpace(string(text)), serviceUnit)
+		}
+		fmt.Fprintf(out, "The service runs.\n\n")
+	default:
+		fmt.Fprintf(out, "Start the daemon:\n    perimeterd run%s\n\n", flag)
+	}
+	fmt.Fprintf(out, "Next:\n    perimeterd user add NAME%s\n", flag)
+	return nil
+}
+
+// authorizeIngress is the aws command for the ports.
+func authorizeIngress(ec2 instance, gate, tunnel uint16, sequence []string) string {
+	var b strings.Builder
+	group := ec2.SecurityGroup
+	if group == "" {
+		group = "sg-..."
+	}
+	b.WriteString("aws ec2 authorize-security-group-ingress --group-id " + group)
+	if ec2.Region != "" {
+		b.WriteString(" --region " + ec2.Region)
+	}
+	b.WriteString(" --ip-permissions")
+	permit := func(proto, port string) {
+		fmt.Fprintf(&b, " 'IpProtocol=%s,FromPort=%s,ToPort=%s,IpRanges=[{CidrIp=0.0.0.0/0}]'", proto, port, port)
+	}
+	permit("tcp", strconv.Itoa(int(gate)))
+	permit("udp", strconv.Itoa(int(tunnel)))
+	for _, p := range sequence {
+		permit("tcp", p)
+	}
+	return b.String()
+}
+
+// hasService says whether systemd is PID 1 here and knows the unit.
+func hasService(ctx context.Context) bool {
+	comm, err := os.ReadFile("/proc/1/comm")
+	if err != nil || strings.TrimSpace(string(comm)) != "systemd" {
+		return false
+	}
+	return exec.CommandContext(ctx, "systemctl", "cat", serviceUnit).Run() == nil
+}

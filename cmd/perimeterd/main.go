@@ -1,0 +1,97 @@
+// Command perimeterd is the daemon on the bastion host, and its operators' commands.
+//
+// Exit status: 0 done, 1 failed, 2 the command line or the configuration is wrong.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+
+	"perimeterd/configs"
+)
+
+const (
+	exitFailure = 1
+	exitUsage   = 2
+)
+
+func main() {
+	if err := execute(context.Background(), os.Args[1:]); err != nil {
+		fmt.Fprintf(os.Stderr, "perimeterd: %v\n", err)
+		os.Exit(exitStatus(err))
+	}
+}
+
+// usageError is a command line that was not understood.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+// exitStatus is documented: see the package's comment and --help.
+func exitStatus(err error) int {
+	var usage usageError
+	var config *configs.Error
+	if errors.As(err, &usage) || errors.As(err, &config) {
+		return exitUsage
+	}
+	return exitFailure
+}
+
+func execute(ctx context.Context, args []string) error {
+	root := newRootCommand()
+	understood := false
+	root.PersistentPreRun = func(*cobra.Command, []string) { understood = true }
+	root.SetArgs(args)
+	cmd, err := root.ExecuteContextC(ctx)
+	if err != nil && !understood {
+		return usageError{fmt.Errorf("%w\nhint: `%s --help` shows how it is used", err, cmd.CommandPath())}
+	}
+	return err
+}
+
+func newRootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "perimeterd",
+		Short: "A gate that shows nothing, and one pinned way to AWS behind it",
+		Long: `Examples:
+  perimeterd init --endpoint bastion.example.com     keys, certificates, configuration
+  perimeterd user add alice --group operators        writes alice.profile, which is sent to alice
+  perimeterd user revoke alice --device mac          that laptop is out within a second
+  perimeterd sessions                                who is inside now
+  perimeterd check                                   what is wrong, and what to do about it
+
+One daemon on a bastion host. Strangers see nothing of it; who knocks and shows a certificate gets a tunnel to a proxy.
+
+Exit status: 0 done, 1 failed, 2 the command line or the configuration is wrong.`,
+		Version:           version(),
+		SilenceErrors:     true,
+		SilenceUsage:      true,
+		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+	}
+	root.PersistentFlags().String("config", configs.DefaultPath, "configuration `FILE`")
+	root.AddCommand(newInitCommand(), newCheckCommand(), newRunCommand(), newUserCommand(),
+		newStatusCommand(), newSessionsCommand(), newKickCommand())
+	return root
+}
+
+// loadConfig reads the file that --config names.
+func loadConfig(cmd *cobra.Command) (*configs.Config, error) {
+	path, err := cmd.Flags().GetString("config")
+	if err != nil {
+		return nil, err
+	}
+	return configs.Load(path)
+}
+
+// version is the main module's, as the build recorded it.
+func version() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "unknown"
+}

@@ -1,0 +1,159 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"perimeterd/configs"
+	"perimeterd/internal/control"
+	"perimeterd/internal/identity"
+	"perimeterd/internal/session"
+)
+
+// withUsers runs fn on the running daemon, or on the state file where none runs. The file's lock is the truth: who holds
+// it writes, so the two never write both. The daemon is asked first, since a held lock shows only after a second.
+func withUsers(ctx context.Context, c *configs.Config, fn func(users) error) error {
+	daemon := control.NewClient(c.ControlSocket())
+	_, err := daemon.Status(ctx)
+	if err == nil {
+		return fn(daemon)
+	}
+	if !errors.Is(err, control.ErrNotRunning) {
+		return err
+	}
+	db, err := identity.OpenState(c.StateFile())
+	if errors.Is(err, identity.ErrStateHeld) {
+		// It began after it was asked, or it is just ending.
+		if _, e := daemon.Status(ctx); e == nil {
+			return fn(daemon)
+		}
+		return fmt.Errorf("%w; %s gives no answer: is it starting or stopping? Try again", err, c.ControlSocket())
+	}
+	if err != nil {
+		return err
+	}
+	// Sessions persist, so revoking must end them here too, or the daemon would take them up again at its start.
+	sessions, err := session.OpenBolt(db, time.Now())
+	if err == nil {
+		err = fn(&control.Operations{Users: identity.NewUsers(db), Sessions: sessions, Now: time.Now, Log: slog.New(slog.DiscardHandler)})
+	}
+	return errors.Join(err, db.Close())
+}
+
+func newStatusCommand() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show how the running daemon is",
+		Long: `Examples:
+  perimeterd status
+  perimeterd status --json`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := loadConfig(cmd)
+			if err != nil {
+				return err
+			}
+			s, err := control.NewClient(c.ControlSocket()).Status(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), s)
+			}
+			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
+			fmt.Fprintf(w, "version\t%s\nrunning for\t%v\nendpoint\t%s\negress\t%v\n",
+				s.Version, time.Since(s.Started).Round(time.Second), s.Endpoint, s.Egress)
+			fmt.Fprintf(w, "users\t%d\nsessions\t%d of %d\nopen windows\t%d\n", s.Users, s.Sessions, s.Limit, s.Windows)
+			for _, p := range s.Problems {
+				fmt.Fprintf(w, "problem\t%s\n", p)
+			}
+			return w.Flush()
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+func newSessionsCommand() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "sessions",
+		Short: "List who is inside",
+		Long: `Examples:
+  perimeterd sessions
+  perimeterd sessions --json | jq -r '.[].user'`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := loadConfig(cmd)
+			if err != nil {
+				return err
+			}
+			all, err := control.NewClient(c.ControlSocket()).Sessions(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), all)
+			}
+			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
+			fmt.Fprintln(w, "ID\tUSER\tDEVICE\tADDRESS\tFROM\tENDS IN\tPOST-QUANTUM")
+			for _, s := range all {
+				pq := "no"
+				if s.PostQuantum {
+					pq = "yes"
+				}
+				fmt.Fprintf(w, "%v\t%s\t%s\t%v\t%v\t%v\t%s\n",
+					s.ID, s.User, s.Device, s.Address, s.Outer, time.Until(s.Expires).Round(time.Second), pq)
+			}
+			return w.Flush()
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+func newKickCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "kick NAME|ID",
+		Short: "End a session, or all sessions of a user; he may come again",
+		Long: `Examples:
+  perimeterd kick alice
+  perimeterd kick 5f3a...    an id from perimeterd sessions
+
+To keep somebody out, revoke him.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := loadConfig(cmd)
+			if err != nil {
+				return err
+			}
+			daemon := control.NewClient(c.ControlSocket())
+			all, err := daemon.Sessions(cmd.Context())
+			if err != nil {
+				return err
+			}
+			ended := 0
+			for _, s := range all {
+				if s.User != args[0] && s.ID.String() != args[0] {
+					continue
+				}
+				if err := daemon.Kick(cmd.Context(), s.ID); err != nil {
+					return fmt.Errorf("session %v of %s: %w", s.ID, s.User, err)
+				}
+				fmt.Fprintf(cmd.OutOrStdout(), "session %v of %s ended\n", s.ID, s.User)
+				ended++
+			}
+			if ended == 0 {
+				return fmt.Errorf("%q is neither a user who is inside nor the id of a session: `perimeterd sessions` lists them", args[0])
+			}
+			return nil
+		},
+	}
+}

@@ -1,0 +1,243 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"perimeterd/configs"
+	"perimeterd/firewall"
+	"perimeterd/internal/control"
+	"perimeterd/internal/identity"
+	"perimeterd/internal/session"
+	"perimeterd/proxy"
+	"perimeterd/vpn/gate"
+)
+
+func newRunCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "run",
+		Short: "Run the daemon in the foreground",
+		Long: `Examples:
+  perimeterd run
+  perimeterd run --config /srv/bastion/perimeterd.toml
+
+SIGHUP reads the configuration again; what is wrong there changes nothing. SIGTERM stops the daemon: the door stays closed,
+open windows expire on time, sessions come back with the next start.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := loadConfig(cmd)
+			if err != nil {
+				return err
+			}
+			return run(cmd.Context(), cfg)
+		},
+	}
+}
+
+// run wires every part: load, build, one errgroup, ready. What fails before ready leaves the door closed.
+func run(ctx context.Context, cfg *configs.Config) error {
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	log := newLog(cfg.Log)
+	gid, err := daemonGroup()
+	if err != nil {
+		return err
+	}
+	keys, err := loadKeys(cfg.Identity)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
+		return err
+	}
+	db, err := identity.OpenState(cfg.StateFile())
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	users, meta := identity.NewUsers(db), identity.NewMeta(db)
+	store, err := session.OpenBolt(db, time.Now())
+	if err != nil {
+		return err
+	}
+	verifier, err := identity.NewVerifier(cfg.Identity.CA, users, time.Now)
+	if err != nil {
+		return err
+	}
+
+	// The door first: from here on nothing of ours is reachable without a knock.
+	door := firewall.New(log, 0)
+	names := &credentials{users: users, meta: meta, master: keys.master[:]}
+	table, err := tableConfig(cfg, names, gid)
+	if err != nil {
+		return err
+	}
+	fresh, err := door.Apply(table)
+	if err != nil {
+		return err
+	}
+	if err := door.ForgetSessions(); err != nil { // they come back one by one, from the store
+		return err
+	}
+	tokens, err := firewall.NewTokens(door, fresh, keys.serverID, table.Step, meta, log)
+	if err != nil {
+		return err
+	}
+	if cfg.Knock.Tokens {
+		list, err := names.load()
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(tokens.Set(list, time.Now()), tokens.Refresh(time.Now())); err != nil {
+			return err
+		}
+	}
+
+	dev, err := gate.OpenTUN(cfg.Gate)
+	if err != nil {
+		return err
+	}
+	tunnel, err := gate.NewTunnel(cfg.Gate, keys.wireguard, dev, door, log)
+	if err != nil {
+		return err
+	}
+	defer tunnel.Close()
+	api, err := gate.New(cfg.Gate, keys.wireguardPublic, keys.gate, verifier, store, tunnel, log)
+	if err != nil {
+		return err
+	}
+	forward, err := proxy.New(cfg.Proxy, store, log)
+	if err != nil {
+		return err
+	}
+	// The order of an end: the tunnel carries no more, the proxy resets what it has open, then the address may rest.
+	store.Watch(tunnel.SessionEvent)
+	store.Watch(forward.SessionEvent)
+	store.Watch(api.SessionEvent)
+
+	var gates []net.Listener
+	for _, address := range cfg.Gate.Listen {
+		l, err := firewall.Listen(ctx, address)
+		if err != nil {
+			return fmt.Errorf("gate.listen %q: %w", address, err)
+		}
+		gates = append(gates, l)
+	}
+	inner, err := proxy.Listen(ctx, cfg.Proxy.Listen)
+	if err != nil {
+		return fmt.Errorf("proxy.port %d: %w", cfg.Proxy.Listen.Port(), err)
+	}
+
+	operations := &control.Operations{Users: users, Sessions: store, Now: time.Now, Log: log,
+		UserChanged: func(name string) {
+			if !cfg.Knock.Tokens {
+				return
+			}
+			list, err := names.load()
+			if err == nil {
+				err = tokens.Set(list, time.Now())
+			}
+			if err != nil {
+				log.Error("knock tokens do not follow the change of a user", "user", name, "err", err)
+			}
+		},
+		Status: statusOf(cfg, door),
+	}
+
+	g, ctx := errgroup.WithContext(ctx)
+	observing, operating := make(chan struct{}), make(chan struct{})
+	g.Go(func() error {
+		return door.Observe(ctx, table.LogGroup, observing, func(o firewall.Opening) {
+			log.Info("window opened", "user", names.name(o.Credential), "source", o.Source, "sequence", o.Sequence, "for", table.Window)
+		})
+	})
+	g.Go(func() error { return door.Watch(ctx) })
+	if cfg.Knock.Tokens {
+		g.Go(func() error { return tokens.Run(ctx) })
+	}
+	g.Go(func() error { return tunnel.Run(ctx) })
+	g.Go(func() error { return api.Run(ctx, gates...) })
+	g.Go(func() error { return forward.Run(ctx, inner) })
+	g.Go(func() error { return expire(ctx, store) })
+	g.Go(func() error {
+		return control.Serve(ctx, cfg.ControlSocket(), control.Handler(operations), func() { close(operating) })
+	})
+	g.Go(func() error {
+		return reload(ctx, log, cfg, func(next *configs.Config) error {
+			table, err := tableConfig(next, names, gid)
+			if err != nil {
+				return err
+			}
+			if err := forward.Reload(next.Proxy); err != nil {
+				return err
+			}
+			_, err = door.Apply(table)
+			return err
+		})
+	})
+	g.Go(func() error {
+		for _, part := range []chan struct{}{observing, operating} {
+			select {
+			case <-part:
+			case <-ctx.Done():
+				return nil
+			}
+		}
+		log.Info("ready", "endpoint", cfg.Gate.Endpoint, "gate", cfg.Gate.Listen, "network", cfg.Gate.Network, "sessions", len(store.List()))
+		_, err := daemon.SdNotify(false, daemon.SdNotifyReady)
+		return err
+	})
+	err = g.Wait()
+	log.Info("stopped: the door is closed, open windows expire on time", "err", err)
+	return err
+}
+
+func newLog(c configs.Log) *slog.Logger {
+	o := &slog.HandlerOptions{Level: c.Level}
+	if c.Format == "text" {
+		return slog.New(slog.NewTextHandler(os.Stderr, o))
+	}
+	return slog.New(slog.NewJSONHandler(os.Stderr, o))
+}
+
+// expire ends sessions when their time comes, until ctx ends. The kernel's elements expire by themselves; this removes
+// the peer and resets connections.
+func expire(ctx context.Context, store session.Store) error {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case now := <-tick.C:
+			store.Expire(now.Round(0)) // the wall clock: certificates expire by it
+		}
+	}
+}
+
+func statusOf(cfg *configs.Config, door *firewall.Firewall) func() control.Status {
+	started := time.Now()
+	return func() control.Status {
+		s := control.Status{Version: version(), Started: started, Endpoint: cfg.Gate.Endpoint, Limit: cfg.Gate.Limit, Problems: []string{}}
+		for _, p := range cfg.Egress.Public {
+			s.Egress = append(s.Egress, p.String())
+		}
+		windows, err := door.Windows()
+		if err != nil {
+			s.Problems = append(s.Problems, err.Error())
+		}
+		s.Windows = len(windows)
+		return s
+	}
+}

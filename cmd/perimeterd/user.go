@@ -1,0 +1,187 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"perimeterd/configs"
+	"perimeterd/internal/control"
+	"perimeterd/internal/identity"
+)
+
+// users is what the commands need: the running daemon, or the state file where none runs.
+type users interface {
+	AddUser(context.Context, identity.Enrolment) (identity.User, error)
+	ListUsers(context.Context) ([]identity.User, error)
+	RevokeUser(ctx context.Context, name, device string) (identity.User, error)
+}
+
+var (
+	_ users = (*control.Client)(nil)
+	_ users = (*control.Operations)(nil)
+)
+
+func newUserCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "user",
+		Short: "Add, list and revoke users",
+		Long: `Examples:
+  perimeterd user add alice --group operators --device mac
+  perimeterd user list
+  perimeterd user revoke alice
+
+They work with the daemon running or stopped.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return usageError{errors.New("user: add, list or revoke?\nhint: `perimeterd user --help` shows how it is used")}
+		},
+	}
+	cmd.AddCommand(newUserAddCommand(), newUserListCommand(), newUserRevokeCommand())
+	return cmd
+}
+
+func newUserAddCommand() *cobra.Command {
+	var o addOptions
+	var valid string
+	cmd := &cobra.Command{
+		Use:   "add NAME",
+		Short: "Enter a user, or another device of one, and write his profile",
+		Long: `Examples:
+  perimeterd user add alice                                writes alice.profile
+  perimeterd user add alice --device desk --out desk.profile
+  perimeterd user add bob --group operators --group db --valid 30d
+  perimeterd user add bot --passphrase-file /run/secrets/bot
+
+The profile holds the user's key, certificate and knock secret. On a terminal a passphrase is asked for, which protects
+the whole file (age, scrypt); elsewhere --passphrase-file names a file with it in its first line, or there is none.
+A revoked user who is added again gets a new knock secret, and none of his old certificates back.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			o.name = args[0]
+			if o.valid, err = configs.ParseDuration(valid); err != nil {
+				return usageError{fmt.Errorf("--valid %w", err)}
+			}
+			if o.out == "" {
+				o.out = o.name + ".profile"
+			}
+			c, err := loadConfig(cmd)
+			if err != nil {
+				return err
+			}
+			return o.run(cmd, c)
+		},
+	}
+	f := cmd.Flags()
+	f.StringArrayVar(&o.groups, "group", nil, "`GROUP` of the user; may be repeated")
+	f.StringVar(&o.device, "device", "default", "`NAME` that tells the user's devices apart")
+	f.StringVar(&valid, "valid", "90d", "how long the certificate holds, as in 90d or 12h")
+	f.StringVar(&o.out, "out", "", "profile `FILE` to write (default NAME.profile)")
+	f.StringVar(&o.passphraseFile, "passphrase-file", "", "`FILE` whose first line protects the profile")
+	return cmd
+}
+
+func newUserListCommand() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "list",
+		Short: "List users and their devices",
+		Long: `Examples:
+  perimeterd user list
+  perimeterd user list --json | jq -r '.[] | select(.revoked == null) | .name'`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := loadConfig(cmd)
+			if err != nil {
+				return err
+			}
+			return withUsers(cmd.Context(), c, func(us users) error {
+				all, err := us.ListUsers(cmd.Context())
+				if err != nil {
+					return err
+				}
+				if asJSON {
+					return printJSON(cmd.OutOrStdout(), all)
+				}
+				return printUsers(cmd.OutOrStdout(), all, time.Now())
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+func printUsers(out io.Writer, all []identity.User, now time.Time) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "USER\tDEVICE\tGROUPS\tUNTIL\tSTATE")
+	for _, u := range all {
+		groups := strings.Join(u.Groups, ",")
+		if groups == "" {
+			groups = "-"
+		}
+		for _, d := range u.Devices {
+			state := "active"
+			switch {
+			case !d.Revoked.IsZero():
+				state = "revoked " + d.Revoked.Local().Format(time.DateOnly)
+			case !d.Active(now):
+				state = "expired"
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", u.Name, d.Name, groups, d.NotAfter.Local().Format(time.DateOnly), state)
+		}
+	}
+	return w.Flush()
+}
+
+func newUserRevokeCommand() *cobra.Command {
+	var device string
+	cmd := &cobra.Command{
+		Use:   "revoke NAME",
+		Short: "End a user's right to come in, and his sessions",
+		Long: `Examples:
+  perimeterd user revoke alice                 all of alice's devices
+  perimeterd user revoke alice --device mac    that one only
+
+It acts at once, on live sessions too, and for good: added again, a user gets new certificates.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if device == "" && cmd.Flags().Changed("device") {
+				return usageError{errors.New(`--device "": name one, or leave the flag off to revoke the user`)}
+			}
+			c, err := loadConfig(cmd)
+			if err != nil {
+				return err
+			}
+			return withUsers(cmd.Context(), c, func(us users) error {
+				if _, err := us.RevokeUser(cmd.Context(), args[0], device); err != nil {
+					return err
+				}
+				who := args[0]
+				if device != "" {
+					who += "'s device " + device
+				}
+				fmt.Fprintf(cmd.OutOrStdout(), "%s is revoked. No session of it is left.\n", who)
+				return nil
+			})
+		},
+	}
+	cmd.Flags().StringVar(&device, "device", "", "revoke this device `NAME` only")
+	return cmd
+}
+
+func printJSON(out io.Writer, v any) error {
+	e := json.NewEncoder(out)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}
+
+// stderrf is for what a person should see and a pipe should not.
+func stderrf(format string, a ...any) { fmt.Fprintf(os.Stderr, format+"\n", a...) }

@@ -1,0 +1,204 @@
+// Command vpn brings up the tunnel to a bastion and runs programs through it.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"perimeterd/vpn/client"
+)
+
+// Exit statuses. exec passes its command's on; 125 to 127 are as in env(1).
+const (
+	exitFailed = 1
+	exitUsage  = 2
+)
+
+func main() { os.Exit(run(os.Args[1:])) }
+
+func run(args []string) int {
+	root := command()
+	root.SetArgs(args)
+	err := root.Execute()
+	var status exitStatus
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &status):
+		return int(status)
+	}
+	fmt.Fprintln(os.Stderr, "vpn:", err)
+	var usage usageError
+	if errors.As(err, &usage) {
+		return exitUsage
+	}
+	return exitFailed
+}
+
+// exitStatus ends the program without another word.
+type exitStatus int
+
+func (s exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(s)) }
+
+type usageError struct{ error }
+
+func command() *cobra.Command {
+	var profile string
+	root := &cobra.Command{
+		Use:   "vpn",
+		Short: "A tunnel to the bastion, and programs through it",
+		Example: `  vpn import alice.profile        keep the profile you were sent
+  vpn up                          knock, and bring the tunnel up
+  vpn exec -- aws s3 ls           one command through the tunnel
+  vpn status
+  vpn down`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	root.PersistentFlags().StringVar(&profile, "profile", "", "profile `NAME|FILE` (default: the one of `vpn use`, else the only one)")
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
+		return usageError{fmt.Errorf("%w: see vpn --help", err)}
+	})
+	load := func() (*client.Profile, error) { return client.LoadProfile(profile) }
+	root.AddCommand(upCommand(&profile), keepCommand(&profile), downCommand(load), statusCommand(load), execCommand(&profile),
+		envCommand(load), useCommand(), importCommand())
+	return root
+}
+
+// interrupted ends when the user or the system asks this process to.
+func interrupted() (context.Context, func()) {
+	return signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+}
+
+func downCommand(load func() (*client.Profile, error)) *cobra.Command {
+	return &cobra.Command{
+		Use: "down", Short: "End the session and remove the tunnel", Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			p, err := load()
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+			defer cancel()
+			switch err := client.AskDown(ctx, p); {
+			case errors.Is(err, client.ErrDown):
+				fmt.Println("the tunnel was down")
+			case err != nil:
+				return err
+			default:
+				fmt.Println("tunnel down")
+			}
+			return nil
+		},
+	}
+}
+
+func statusCommand(load func() (*client.Profile, error)) *cobra.Command {
+	asJSON := false
+	c := &cobra.Command{
+		Use: "status", Short: "Say how the tunnel is; exit status 1 when it is down", Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			p, err := load()
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+			defer cancel()
+			s, err := client.AskStatus(ctx, p)
+			down := errors.Is(err, client.ErrDown)
+			if down {
+				s = client.Status{State: "down", Profile: p.Name(), User: p.User, Device: p.Device}
+			} else if err != nil {
+				return err
+			}
+			if asJSON {
+				out := json.NewEncoder(os.Stdout)
+				out.SetIndent("", "  ")
+				err = out.Encode(s)
+			} else {
+				fmt.Print(statusText(s, p.Expires(), time.Now()))
+				err = nil
+			}
+			if err == nil && down {
+				err = exitStatus(exitFailed)
+			}
+			return err
+		},
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return c
+}
+
+func statusText(s client.Status, certificate, now time.Time) string {
+	var b strings.Builder
+	line := func(name, format string, a ...any) {
+		fmt.Fprintf(&b, "%-12s "+format+"\n", append([]any{name}, a...)...)
+	}
+	line("profile", "%s", s.Profile)
+	line("tunnel", "%s", s.State)
+	if s.Problem != "" {
+		line("problem", "%s", s.Problem)
+	}
+	if s.Session != "" {
+		line("data", "%s", s.Data)
+		line("address", "%v on %s", s.Address.Addr(), s.Interface)
+		line("proxy", "http://%v", s.Proxy)
+		if s.Console.IsValid() {
+			line("console", "http://%v", s.Console)
+		}
+		line("gate", "%v", s.Gate)
+		line("egress", "%s", strings.Join(s.Egress, ", "))
+		line("key exchange", "%s", map[bool]string{true: "post-quantum", false: "classical"}[s.PostQuantum])
+		line("session", "%s, ends in %v", s.Session, s.Expires.Sub(now).Round(time.Second))
+		line("handshake", "%v ago", now.Sub(s.LastHandshake).Round(time.Second))
+		line("traffic", "%d bytes received, %d sent", s.Received, s.Sent)
+	}
+	line("certificate", "ends in %d days", int(certificate.Sub(now).Hours()/24))
+	return b.String()
+}
+
+func envCommand(load func() (*client.Profile, error)) *cobra.Command {
+	return &cobra.Command{
+		Use: "env", Short: "Print the shell's exports for the proxy", Example: `  eval "$(vpn env)"`, Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			p, err := load()
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+			defer cancel()
+			s, err := client.AskStatus(ctx, p)
+			if err != nil {
+				return err
+			}
+			if !s.Proxy.IsValid() {
+				return client.ErrDown
+			}
+			for _, e := range client.Environment(s) {
+				name, value, _ := strings.Cut(e, "=")
+				fmt.Printf("export %s='%s'\n", name, strings.ReplaceAll(value, "'", `'\''`))
+			}
+			return nil
+		},
+	}
+}
+
+func useCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "use NAME", Short: "Make an imported profile the default", Args: cobra.ExactArgs(1),
+		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+			names, _ := client.Names()
+			return names, cobra.ShellCompDirectiveNoFileComp
+		},
+		RunE: func(_ *cobra.Command, args []string) error { return client.Use(args[0]) },
+	}
+}

@@ -1,0 +1,221 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"perimeterd/vpn/client"
+)
+
+const defaultTimeout = 20 * time.Second
+
+func upCommand(profile *string) *cobra.Command {
+	foreground, timeout := false, defaultTimeout
+	c := &cobra.Command{
+		Use: "up", Short: "Knock, and bring the tunnel up", Args: cobra.NoArgs,
+		Long: "Knocks, asks the gate for a session and returns when the tunnel has keys. A process in the background then keeps it\nuntil `vpn down`.",
+		RunE: func(*cobra.Command, []string) error {
+			report := newReporter(os.Stderr)
+			p, err := client.LoadProfile(*profile)
+			if err != nil {
+				return err
+			}
+			ctx, stop := interrupted()
+			defer stop()
+			if foreground {
+				return serve(ctx, p, timeout, false, slog.New(slog.NewTextHandler(os.Stderr, nil)), report.step,
+					func(s client.Status) { report.up(s) })
+			}
+			s, err := raise(ctx, p, *profile, timeout, false, report.step)
+			if err == nil {
+				report.up(s)
+			}
+			return err
+		},
+	}
+	c.Flags().BoolVar(&foreground, "foreground", false, "stay in the foreground, until interrupted")
+	c.Flags().DurationVar(&timeout, "timeout", timeout, "give up after so long")
+	return c
+}
+
+func serve(ctx context.Context, p *client.Profile, timeout time.Duration, held bool, log *slog.Logger, step func(string), ready func(client.Status)) error {
+	if err := client.CheckDevice(); err != nil {
+		return err
+	}
+	tokens, err := client.NewTokens(p)
+	if err != nil {
+		return err
+	}
+	s := client.Server{
+		Keeper: &client.Keeper{
+			Options: client.Options{Profile: p, Tokens: tokens, NewLink: client.NewSystemTUN, Progress: step, Log: log},
+			Timeout: timeout,
+			Now:     time.Now,
+		},
+		Held: held,
+	}
+	return s.Serve(ctx, ready)
+}
+
+// raise returns when the profile's tunnel is up: that of a process that keeps it already, or else of a new one in the
+// background.
+func raise(ctx context.Context, p *client.Profile, profile string, timeout time.Duration, held bool, step func(string)) (client.Status, error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout+5*time.Second)
+	defer cancel()
+	for {
+		// Only what wants it to stay asks a running process for that.
+		ask := client.AskUp
+		if held {
+			ask = client.AskStatus
+		}
+		s, err := ask(ctx, p)
+		if !errors.Is(err, client.ErrDown) {
+			return s, err
+		}
+		if err := client.CheckDevice(); err != nil {
+			return s, err
+		}
+		s, err = background(ctx, p, profile, timeout, held, step)
+		if !errors.Is(err, client.ErrRunning) {
+			return s, err
+		}
+		// Another was faster by a moment, or is just ending.
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-ctx.Done():
+			return s, err
+		}
+	}
+}
+
+// news is a line from the process in the background to the one that started it.
+type news struct {
+	Step    string         `json:"step,omitempty"`
+	Running bool           `json:"running,omitempty"` // another process keeps the tunnel
+	Error   string         `json:"error,omitempty"`
+	Up      *client.Status `json:"up,omitempty"`
+}
+
+// newsFD is where the process in the background finds its pipe.
+const newsFD = 3
+
+// background runs this program again, in a session of its own, to keep the tunnel.
+func background(ctx context.Context, p *client.Profile, profile string, timeout time.Duration, held bool, step func(string)) (s client.Status, err error) {
+	self, err := os.Executable()
+	if err != nil {
+		return s, err
+	}
+	logName, err := client.LogFile(p)
+	if err != nil {
+		return s, err
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return s, err
+	}
+	defer r.Close()
+	cmd := exec.Command(self, "--profile="+profile, "keep", "--timeout="+timeout.String(), fmt.Sprintf("--held=%t", held), "--log="+logName)
+	cmd.Args[0] = "vpn"
+	cmd.ExtraFiles = []*os.File{w}
+	detach(cmd)
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		return s, fmt.Errorf("background process: %w", err)
+	}
+	go cmd.Wait()
+	// An interrupt here is meant for the whole undertaking.
+	stop := context.AfterFunc(ctx, func() { cmd.Process.Signal(os.Interrupt); r.Close() })
+	defer stop()
+	for lines := bufio.NewScanner(r); lines.Scan(); {
+		var n news
+		if err := json.Unmarshal(lines.Bytes(), &n); err != nil {
+			return s, fmt.Errorf("background process: %w", err)
+		}
+		switch {
+		case n.Step != "":
+			step(n.Step)
+		case n.Running:
+			return s, client.ErrRunning
+		case n.Error != "":
+			return s, errors.New(n.Error)
+		case n.Up != nil:
+			return *n.Up, nil
+		}
+	}
+	if err := context.Cause(ctx); err != nil {
+		return s, fmt.Errorf("interrupted: %w", err)
+	}
+	return s, fmt.Errorf("the background process ended without a word: see %s", logName)
+}
+
+func keepCommand(profile *string) *cobra.Command {
+	held, timeout, logName := false, defaultTimeout, ""
+	c := &cobra.Command{
+		Use: "keep", Hidden: true, Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			pipe := os.NewFile(newsFD, "news")
+			out := json.NewEncoder(pipe)
+			log, err := os.OpenFile(logName, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|os.O_APPEND, 0o600)
+			if err != nil {
+				out.Encode(news{Error: err.Error()})
+				return err
+			}
+			ctx, stop := interrupted()
+			defer stop()
+			logger := slog.New(slog.NewTextHandler(log, nil))
+			p, err := client.LoadProfile(*profile)
+			if err == nil {
+				err = serve(ctx, p, timeout, held, logger,
+					func(step string) { out.Encode(news{Step: step}) },
+					func(s client.Status) { out.Encode(news{Up: &s}); pipe.Close() })
+			}
+			if errors.Is(err, client.ErrRunning) {
+				out.Encode(news{Running: true})
+			} else if err != nil {
+				logger.Error("ended", "error", err)
+				out.Encode(news{Error: err.Error()})
+			}
+			return err
+		},
+	}
+	c.Flags().BoolVar(&held, "held", false, "")
+	c.Flags().DurationVar(&timeout, "timeout", timeout, "")
+	c.Flags().StringVar(&logName, "log", os.DevNull, "")
+	return c
+}
+
+// reporter tells what has happened, and when since the command began.
+type reporter struct {
+	out      *os.File
+	start    time.Time
+	terminal bool
+}
+
+func newReporter(out *os.File) *reporter {
+	return &reporter{out, time.Now(), term.IsTerminal(int(out.Fd()))}
+}
+
+func (r *reporter) step(s string) {
+	took := float64(time.Since(r.start).Microseconds()) / 1000
+	if r.terminal {
+		fmt.Fprintf(r.out, "%8.1f ms  %s\n", took, s)
+	} else {
+		fmt.Fprintf(r.out, "%s %.1f ms\n", s, took)
+	}
+}
+
+func (r *reporter) up(s client.Status) {
+	r.step("tunnel up")
+	fmt.Fprintf(r.out, "proxy http://%v, session until %s\n", s.Proxy, s.Expires.Local().Format("Jan 2 15:04"))
+}

@@ -1,0 +1,43 @@
+package configs
+
+import (
+	"fmt"
+	"slices"
+)
+
+// refuseMissing refuses every key that asks for something this version does not do. To ignore it would leave a door open
+// that the operator believes closed, or closed that he believes open. A feature that arrives takes its line out.
+func (p *parser) refuseMissing() {
+	r := &p.raw
+	for _, c := range []struct {
+		key    string
+		value  any
+		closed bool   // the value is one that needs nothing
+		way    string // out
+	}{
+		{"tunnel.backend", r.Tunnel.Backend, r.Tunnel.Backend == "userspace", `write "userspace"`},
+		{"tunnel.service", "", len(r.Tunnel.Service) == 0, "remove the table: sessions reach the proxy only"},
+		{"session.status_file", r.Session.StatusFile, r.Session.StatusFile == "", "leave it empty and ask `perimeterd sessions`"},
+		{"knock.trusted", r.Knock.Trusted, len(r.Knock.Trusted) == 0, "leave it empty: everybody knocks"},
+		{"firewall.mode", r.Firewall.Mode, r.Firewall.Mode == "guard", `write "guard" and keep the host's own firewall`},
+		{"firewall.allow", r.Firewall.Allow, slices.Equal(r.Firewall.Allow, []string{"22/tcp"}),
+			"remove it: guard mode decides our own ports only"},
+		{"proxy.per_user_bandwidth", r.Proxy.PerUserBandwidth, r.Proxy.PerUserBandwidth == "", "leave it empty"},
+		{"identity.ca_key", r.Identity.CAKey, r.Identity.CAKey != "", "write \"pki/ca.key\", the CA of `perimeterd init`"},
+		{"identity.crl", r.Identity.CRL, r.Identity.CRL == "", "leave it empty: the built-in CA needs none"},
+		{"identity.allowed", r.Identity.Allowed, r.Identity.Allowed == "", "leave it empty: the users of `perimeterd user list` are allowed"},
+		{"console.metrics", r.Console.Metrics, r.Console.Metrics == "", "leave it empty"},
+		{"store.etcd", r.Store.Etcd, len(r.Store.Etcd) == 0, "leave it empty: the state stays on this host"},
+		{"log.squid_access_log", r.Log.SquidAccessLog, r.Log.SquidAccessLog == "", "leave it empty: the log has every request"},
+		{"log.audit_keep", r.Log.AuditKeep, r.Log.AuditKeep == "400d", "remove it: the journal keeps the log"},
+	} {
+		if c.closed {
+			continue
+		}
+		value := ""
+		if c.value != "" || c.key == "identity.ca_key" {
+			value = fmt.Sprintf(" %q", c.value)
+		}
+		p.bad(c.key, "%s%s: not in this version: %s", c.key, value, c.way)
+	}
+}

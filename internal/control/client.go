@@ -1,0 +1,116 @@
+package control
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+	"syscall"
+	"time"
+
+	"perimeterd/internal/identity"
+	"perimeterd/internal/session"
+	"perimeterd/vpn"
+)
+
+// ErrNotRunning is wrapped when nobody listens at the socket.
+var ErrNotRunning = errors.New("the daemon is not running")
+
+// maxReply bounds what a client reads: 10,000 users with several devices each fit.
+const maxReply = 64 << 20
+
+// Client asks a running daemon. Its methods are those of Operations.
+type Client struct {
+	path string
+	http http.Client
+}
+
+// NewClient talks to the socket at path.
+func NewClient(path string) *Client {
+	dialer := &net.Dialer{Timeout: 2 * time.Second}
+	return &Client{path: path, http: http.Client{
+		Timeout: 30 * time.Second,
+		Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return dialer.DialContext(ctx, "unix", path)
+		}},
+	}}
+}
+
+// AddUser is Operations.AddUser.
+func (c *Client) AddUser(ctx context.Context, e identity.Enrolment) (u identity.User, err error) {
+	err = c.do(ctx, "POST", "/v1/users", e, &u)
+	return u, err
+}
+
+// ListUsers is Operations.ListUsers.
+func (c *Client) ListUsers(ctx context.Context) (all []identity.User, err error) {
+	err = c.do(ctx, "GET", "/v1/users", nil, &all)
+	return all, err
+}
+
+// RevokeUser is Operations.RevokeUser.
+func (c *Client) RevokeUser(ctx context.Context, name, device string) (u identity.User, err error) {
+	err = c.do(ctx, "POST", "/v1/users/"+url.PathEscape(name)+"/revoke", Revocation{device}, &u)
+	return u, err
+}
+
+// Sessions lists the live sessions, oldest first.
+func (c *Client) Sessions(ctx context.Context) (all []Session, err error) {
+	err = c.do(ctx, "GET", "/v1/sessions", nil, &all)
+	return all, err
+}
+
+// Kick is Operations.Kick.
+func (c *Client) Kick(ctx context.Context, id session.ID) error {
+	return c.do(ctx, "DELETE", "/v1/sessions/"+id.String(), nil, nil)
+}
+
+// Status asks how the daemon is.
+func (c *Client) Status(ctx context.Context) (s Status, err error) {
+	err = c.do(ctx, "GET", "/v1/status", nil, &s)
+	return s, err
+}
+
+func (c *Client) do(ctx context.Context, method, path string, in, out any) error {
+	var body bytes.Buffer
+	if in != nil {
+		if err := json.NewEncoder(&body).Encode(in); err != nil {
+			return err
+		}
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://perimeterd"+path, &body)
+	if err != nil {
+		return err
+	}
+	res, err := c.http.Do(req)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("%s: %w: start it with `systemctl start perimeterd`", c.path, ErrNotRunning)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("%s: permission denied: run it as root, or join the group %s", c.path, Group)
+	case err != nil:
+		return fmt.Errorf("%s: %w", c.path, err)
+	}
+	defer res.Body.Close()
+	body.Reset()
+	if _, err := body.ReadFrom(http.MaxBytesReader(nil, res.Body, maxReply)); err != nil {
+		return fmt.Errorf("%s: %w", c.path, err)
+	}
+	if res.StatusCode != http.StatusOK {
+		var e vpn.ErrorReply
+		if json.Unmarshal(body.Bytes(), &e) != nil || e.Error == nil {
+			return fmt.Errorf("%s: the daemon answered %s", c.path, res.Status)
+		}
+		e.Error.Status = res.StatusCode
+		return e.Error
+	}
+	if out == nil {
+		return nil
+	}
+	return json.Unmarshal(body.Bytes(), out)
+}

@@ -1,0 +1,237 @@
+// Package control is the operators' way to the running daemon: HTTP over a unix socket in run_dir, whose file mode says
+// who may use it. Whoever may is an administrator of this host; there is no other check.
+//
+//	GET    /v1/status               Status
+//	GET    /v1/users                []identity.User
+//	POST   /v1/users                identity.Enrolment → identity.User
+//	POST   /v1/users/NAME/revoke    Revocation → identity.User
+//	GET    /v1/sessions             []Session
+//	DELETE /v1/sessions/ID          ends it as kicked
+//
+// Refusals are vpn.ErrorReply. The daemon never sees a CA key: the enrolment carries the hash of a certificate's public
+// key, and the command that sends it made the certificate.
+//
+// Operations works without a socket too, on a state file that the daemon does not hold: one code for both.
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"time"
+
+	"perimeterd/internal/identity"
+	"perimeterd/internal/session"
+	"perimeterd/vpn"
+)
+
+// maxBody bounds a request's body, bytes.
+const maxBody = 64 << 10
+
+// codeExists is the stable code of a 409: what should be added is there already.
+const codeExists = "exists"
+
+// Revocation is the body of a revoke: a device's name, or empty for the user.
+type Revocation struct {
+	Device string `json:"device,omitempty"`
+}
+
+// Session is a live session as lists show it: no keys.
+type Session struct {
+	ID          session.ID `json:"id"`
+	User        string     `json:"user"`
+	Device      string     `json:"device,omitempty"`
+	Groups      []string   `json:"groups"`
+	Address     netip.Addr `json:"address"`
+	Outer       netip.Addr `json:"outer"`
+	Created     time.Time  `json:"created"`
+	Expires     time.Time  `json:"expires"`
+	PostQuantum bool       `json:"post_quantum"`
+}
+
+// Status is the daemon in one look.
+type Status struct {
+	Version  string    `json:"version"`
+	Started  time.Time `json:"started"`
+	Endpoint string    `json:"endpoint"`
+	Egress   []string  `json:"egress"`
+	Limit    int       `json:"session_limit"`
+	Windows  int       `json:"windows"`  // open now
+	Problems []string  `json:"problems"` // what an operator should look at; empty is well
+	Users    int       `json:"users"`    // not revoked; the server fills it in
+	Sessions int       `json:"sessions"` // the server fills it in
+}
+
+// Operations is what operators can do, on stores that this process holds.
+type Operations struct {
+	Users    *identity.Users
+	Sessions session.Store
+	Now      func() time.Time
+	Log      *slog.Logger
+	// UserChanged is told of a user who was added or revoked, after it is durable. Nil: nobody.
+	UserChanged func(name string)
+	// Status is the daemon's part of Status. Nil: none.
+	Status func() Status
+}
+
+// AddUser enters a user or another device of one.
+func (o *Operations) AddUser(_ context.Context, e identity.Enrolment) (identity.User, error) {
+	u, err := o.Users.Add(e, o.Now())
+	if err != nil {
+		return identity.User{}, err
+	}
+	o.Log.Info("user added", "user", u.Name, "device", e.Device, "groups", u.Groups, "credential", u.Credential)
+	o.changed(u.Name)
+	return u, nil
+}
+
+// ListUsers is every user, revoked ones included.
+func (o *Operations) ListUsers(context.Context) ([]identity.User, error) { return o.Users.List() }
+
+// RevokeUser revokes a user, or one of his devices, and ends the sessions of what was revoked. The sessions end even
+// where the state file could not be written.
+func (o *Operations) RevokeUser(_ context.Context, name, device string) (identity.User, error) {
+	u, err := o.Users.Revoke(name, device, o.Now())
+	if errors.Is(err, identity.ErrNoUser) {
+		return identity.User{}, err
+	}
+	ended := 0
+	for _, s := range o.Sessions.List() {
+		if s.User != name || device != "" && s.Device != device && !revokedKey(u, s.Certificate) {
+			continue
+		}
+		switch e := o.Sessions.End(s.ID, session.Revoked); {
+		case e == nil:
+			ended++
+		case !errors.Is(e, session.ErrNotFound):
+			err = errors.Join(err, e)
+		}
+	}
+	o.Log.Info("user revoked", "user", name, "device", device, "sessions", ended, "err", err)
+	o.changed(name)
+	return u, err
+}
+
+func revokedKey(u identity.User, key [32]byte) bool {
+	for _, d := range u.Devices {
+		if d.Key == key {
+			return !d.Revoked.IsZero()
+		}
+	}
+	return false
+}
+
+// Kick ends a session. Its user may begin another.
+func (o *Operations) Kick(_ context.Context, id session.ID) error {
+	s, _ := o.Sessions.Get(id)
+	err := o.Sessions.End(id, session.Kicked)
+	if err == nil {
+		o.Log.Info("session kicked", "session", id, "user", s.User)
+	}
+	return err
+}
+
+func (o *Operations) changed(name string) {
+	if o.UserChanged != nil {
+		o.UserChanged(name)
+	}
+}
+
+func (o *Operations) status() (s Status, err error) {
+	if o.Status != nil {
+		s = o.Status()
+	}
+	users, err := o.Users.List()
+	for _, u := range users {
+		if u.Active() {
+			s.Users++
+		}
+	}
+	s.Sessions = len(o.Sessions.List())
+	return s, err
+}
+
+func (o *Operations) sessions() []Session {
+	all := o.Sessions.List()
+	list := make([]Session, len(all))
+	for i, s := range all {
+		list[i] = Session{s.ID, s.User, s.Device, s.Groups, s.Address, s.Outer, s.Created, s.Expires, s.PostQuantum}
+	}
+	return list
+}
+
+// Handler serves the operations.
+func Handler(o *Operations) http.Handler {
+	mux := http.NewServeMux()
+	handle := func(pattern string, fn func(r *http.Request) (any, error)) {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+			reply, err := fn(r)
+			w.Header().Set("Content-Type", "application/json")
+			if err != nil {
+				e := apiError(err)
+				w.WriteHeader(e.Status)
+				reply = vpn.ErrorReply{Error: e}
+			}
+			_ = json.NewEncoder(w).Encode(reply) // the client hung up: nobody is left to tell
+		})
+	}
+	handle("GET /v1/status", func(*http.Request) (any, error) { return o.status() })
+	handle("GET /v1/users", func(r *http.Request) (any, error) { return o.ListUsers(r.Context()) })
+	handle("POST /v1/users", func(r *http.Request) (any, error) {
+		var e identity.Enrolment
+		if err := decode(r.Body, &e); err != nil {
+			return nil, err
+		}
+		return o.AddUser(r.Context(), e)
+	})
+	handle("POST /v1/users/{name}/revoke", func(r *http.Request) (any, error) {
+		var v Revocation
+		if err := decode(r.Body, &v); err != nil {
+			return nil, err
+		}
+		return o.RevokeUser(r.Context(), r.PathValue("name"), v.Device)
+	})
+	handle("GET /v1/sessions", func(*http.Request) (any, error) { return o.sessions(), nil })
+	handle("DELETE /v1/sessions/{id}", func(r *http.Request) (any, error) {
+		id, err := session.ParseID(r.PathValue("id"))
+		if err != nil {
+			return nil, &vpn.APIError{Status: http.StatusBadRequest, Code: vpn.CodeBadRequest, Message: err.Error()}
+		}
+		return struct{}{}, o.Kick(r.Context(), id)
+	})
+	handle("/", func(r *http.Request) (any, error) {
+		return nil, &vpn.APIError{Status: http.StatusNotFound, Code: vpn.CodeNotFound,
+			Message: "no such operation: " + r.Method + " " + r.URL.Path}
+	})
+	return mux
+}
+
+func decode(body io.Reader, v any) error {
+	d := json.NewDecoder(body)
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return &vpn.APIError{Status: http.StatusBadRequest, Code: vpn.CodeBadRequest, Message: "request body: " + err.Error()}
+	}
+	return nil
+}
+
+func apiError(err error) *vpn.APIError {
+	var e *vpn.APIError
+	switch {
+	case errors.As(err, &e):
+		return e
+	case errors.Is(err, identity.ErrNoUser), errors.Is(err, session.ErrNotFound):
+		return &vpn.APIError{Status: http.StatusNotFound, Code: vpn.CodeNotFound, Message: err.Error()}
+	case errors.Is(err, identity.ErrUserExists):
+		return &vpn.APIError{Status: http.StatusConflict, Code: codeExists, Message: err.Error()}
+	case errors.Is(err, identity.ErrName):
+		return &vpn.APIError{Status: http.StatusBadRequest, Code: vpn.CodeBadRequest, Message: err.Error()}
+	}
+	// Operators own this host: they may read causes.
+	return &vpn.APIError{Status: http.StatusInternalServerError, Code: vpn.CodeInternal, Message: err.Error()}
+}

@@ -1,0 +1,94 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"time"
+)
+
+// Group is whose members may use the socket besides root.
+const Group = "perimeterd"
+
+// Serve answers on a unix socket at path until ctx ends: mode 0660 and group perimeterd where that group exists, else 0600.
+// A socket that an earlier process left is replaced. Ready, if not nil, is called when the socket takes connections.
+func Serve(ctx context.Context, path string, h http.Handler, ready func()) error {
+	ln, err := listen(path)
+	if err != nil {
+		return fmt.Errorf("control socket %s: %w", path, err)
+	}
+	made, err := os.Lstat(path)
+	if err != nil {
+		ln.Close()
+		return fmt.Errorf("control socket %s: %w", path, err)
+	}
+	srv := &http.Server{
+		Handler: h, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
+	}
+	done := make(chan error, 1)
+	go func() { done <- srv.Serve(ln) }()
+	if ready != nil {
+		ready()
+	}
+	select {
+	case err = <-done:
+	case <-ctx.Done():
+		// A revocation under way finishes; an idle connection does not keep the daemon.
+		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		defer cancel()
+		if err := srv.Shutdown(grace); err != nil {
+			srv.Close()
+		}
+		err = nil
+	}
+	// The file goes only if it is still ours: the next daemon may have replaced it.
+	if now, e := os.Lstat(path); e == nil && os.SameFile(made, now) {
+		os.Remove(path)
+	}
+	if errors.Is(err, http.ErrServerClosed) {
+		err = nil
+	}
+	return err
+}
+
+// listen makes the socket in a directory that is ours alone, and moves it to path when its mode and owner are right: bind
+// would create it with whatever the umask leaves open.
+func listen(path string) (net.Listener, error) {
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	private, err := os.MkdirTemp(dir, ".control.")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(private)
+	tmp := filepath.Join(private, "s")
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: tmp, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	ln.SetUnlinkOnClose(false)
+	mode := fs.FileMode(0o600)
+	if g, err := user.LookupGroup(Group); err == nil {
+		gid, err := strconv.Atoi(g.Gid)
+		if err == nil {
+			err = os.Chown(tmp, -1, gid)
+		}
+		if err == nil {
+			mode = 0o660
+		}
+	}
+	if err := errors.Join(os.Chmod(tmp, mode), os.Rename(tmp, path)); err != nil {
+		ln.Close()
+		return nil, err
+	}
+	return ln, nil
+}

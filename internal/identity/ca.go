@@ -1,0 +1,240 @@
+package identity
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+const (
+	// CAValidity outlives every gate certificate; a new CA means new profiles for everybody.
+	CAValidity = 10 * 365 * 24 * time.Hour
+	// ServerValidity is the most that Apple's TLS accepts of a server, also from a CA that its owner installed
+	// (https://support.apple.com/en-us/103769), and stock clients should do.
+	ServerValidity = 825 * 24 * time.Hour
+	// backdate lets a machine whose clock is slow accept what was just issued.
+	backdate = time.Hour
+)
+
+// CA is the built-in authority with its key.
+type CA struct {
+	Certificate *x509.Certificate
+	key         *ecdsa.PrivateKey
+}
+
+// Issued is a new certificate with its new key, both PEM (the key PKCS #8: a secret).
+type Issued struct {
+	Certificate []byte
+	Key         []byte
+	KeyHash     KeyHash
+	NotAfter    time.Time
+}
+
+// NewCA makes an authority. Name is for people.
+func NewCA(name string, now time.Time) (*CA, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	template := &x509.Certificate{
+		SerialNumber:          serial(),
+		Subject:               pkix.Name{CommonName: name},
+		NotBefore:             now.Add(-backdate),
+		NotAfter:              now.Add(CAValidity),
+		IsCA:                  true,
+		BasicConstraintsValid: true,
+		MaxPathLenZero:        true, // no authorities below it
+		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		return nil, err
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, err
+	}
+	return &CA{Certificate: cert, key: key}, nil
+}
+
+// Save writes the certificate (0644) and the key (0600). The key's directory is made 0700 if it is missing. Neither file
+// is overwritten.
+func (ca *CA) Save(certPath, keyPath string) error {
+	if err := os.MkdirAll(filepath.Dir(keyPath), 0o700); err != nil {
+		return err
+	}
+	key, err := encodeKey(ca.key)
+	if err != nil {
+		return err
+	}
+	if err := WriteNew(keyPath, key, 0o600); err != nil {
+		return err
+	}
+	return WriteNew(certPath, encodeCert(ca.Certificate.Raw), 0o644)
+}
+
+// LoadCA reads the authority. Of a bundle, the certificate that belongs to the key signs.
+func LoadCA(certPath, keyPath string) (*CA, error) {
+	keyPEM, err := os.ReadFile(keyPath)
+	if err != nil {
+		if errors.Is(err, fs.ErrPermission) {
+			return nil, fmt.Errorf("%w: issuing a certificate needs the CA key: run it as root", err)
+		}
+		return nil, err
+	}
+	block, _ := pem.Decode(keyPEM)
+	if block == nil {
+		return nil, fmt.Errorf("%s: no PEM in it: restore it from a backup", keyPath)
+	}
+	parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", keyPath, err)
+	}
+	key, ok := parsed.(*ecdsa.PrivateKey)
+	if !ok {
+		return nil, fmt.Errorf("%s: a %T: the built-in CA has an ECDSA key", keyPath, parsed)
+	}
+	certs, err := ReadCertificates(certPath)
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range certs {
+		if key.PublicKey.Equal(c.PublicKey) {
+			return &CA{Certificate: c, key: key}, nil
+		}
+	}
+	return nil, fmt.Errorf("%s: no certificate in it belongs to the key %s", certPath, keyPath)
+}
+
+// ReadCertificates reads every certificate of a PEM file; a file with none is an error.
+func ReadCertificates(path string) ([]*x509.Certificate, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	certs, err := parseCertificates(data)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return certs, nil
+}
+
+func parseCertificates(data []byte) (certs []*x509.Certificate, err error) {
+	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
+		if block.Type != "CERTIFICATE" {
+			return nil, fmt.Errorf("a PEM block %q where only certificates belong", block.Type)
+		}
+		c, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		certs = append(certs, c)
+	}
+	if len(certs) == 0 {
+		return nil, errors.New("no certificate in PEM")
+	}
+	return certs, nil
+}
+
+// IssueServer issues the gate's certificate for the server id (32 hexadecimal digits) and the endpoint's host, a name or
+// an address, for ServerValidity or until the authority ends.
+func (ca *CA) IssueServer(serverID, host string, now time.Time) (*Issued, error) {
+	template := &x509.Certificate{
+		Subject:     pkix.Name{CommonName: "perimeterd gate"},
+		DNSNames:    []string{serverID},
+		NotAfter:    now.Add(ServerValidity),
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	if ip := net.ParseIP(host); ip != nil {
+		template.IPAddresses = []net.IP{ip}
+	} else {
+		template.DNSNames = append(template.DNSNames, host)
+	}
+	if template.NotAfter.After(ca.Certificate.NotAfter) {
+		template.NotAfter = ca.Certificate.NotAfter
+	}
+	return ca.issue(template, now)
+}
+
+// IssueClient issues a user's certificate for one device.
+func (ca *CA) IssueClient(user, device string, validity time.Duration, now time.Time) (*Issued, error) {
+	if err := CheckName("user", user); err != nil {
+		return nil, err
+	}
+	if err := CheckName("device", device); err != nil {
+		return nil, err
+	}
+	if validity <= 0 {
+		return nil, fmt.Errorf("validity %v of a certificate: want more than nothing", validity)
+	}
+	end := now.Add(validity)
+	if end.After(ca.Certificate.NotAfter) {
+		return nil, fmt.Errorf("validity until %s is past the CA's own end on %s: choose a shorter one",
+			end.Format(time.DateOnly), ca.Certificate.NotAfter.Format(time.DateOnly))
+	}
+	return ca.issue(&x509.Certificate{
+		Subject:     pkix.Name{CommonName: user, OrganizationalUnit: []string{device}},
+		NotAfter:    end,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}, now)
+}
+
+func (ca *CA) issue(template *x509.Certificate, now time.Time) (*Issued, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	template.SerialNumber = serial()
+	template.NotBefore = now.Add(-backdate)
+	template.KeyUsage = x509.KeyUsageDigitalSignature
+	template.BasicConstraintsValid = true // and not a CA
+	der, err := x509.CreateCertificate(rand.Reader, template, ca.Certificate, key.Public(), ca.key)
+	if err != nil {
+		return nil, err
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, err
+	}
+	keyPEM, err := encodeKey(key)
+	if err != nil {
+		return nil, err
+	}
+	return &Issued{Certificate: encodeCert(der), Key: keyPEM, KeyHash: HashKey(cert), NotAfter: cert.NotAfter}, nil
+}
+
+// HashKey is the SHA-256 of a certificate's SubjectPublicKeyInfo.
+func HashKey(c *x509.Certificate) KeyHash { return sha256.Sum256(c.RawSubjectPublicKeyInfo) }
+
+// serial draws 127 random bits: positive, and within the 20 octets of RFC 5280, 4.1.2.2.
+func serial() *big.Int {
+	b := make([]byte, 16)
+	rand.Read(b) // never fails since Go 1.24
+	b[0] = b[0]&0x7f | 0x40
+	return new(big.Int).SetBytes(b)
+}
+
+func encodeCert(der []byte) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+}
+
+func encodeKey(key *ecdsa.PrivateKey) ([]byte, error) {
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
+}

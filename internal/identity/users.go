@@ -1,0 +1,249 @@
+package identity
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+var (
+	// ErrName is wrapped by errors about the form of a name.
+	ErrName = errors.New("not a name")
+	// ErrNoUser is wrapped when a user or device does not exist.
+	ErrNoUser = errors.New("not known here")
+	// ErrUserExists is wrapped when what should be added is there already.
+	ErrUserExists = errors.New("exists already")
+)
+
+// maxDevices bounds a user's record, revoked devices included: it is read at every handshake.
+const maxDevices = 256
+
+// KeyHash is the SHA-256 of a public key (SubjectPublicKeyInfo), hexadecimal as text.
+type KeyHash [32]byte
+
+// MarshalText writes hexadecimal.
+func (h KeyHash) MarshalText() ([]byte, error) { return hex.AppendEncode(nil, h[:]), nil }
+
+// UnmarshalText is the inverse of MarshalText.
+func (h *KeyHash) UnmarshalText(text []byte) error {
+	if n, err := hex.Decode(h[:], text[:min(len(text), 2*len(h))]); err != nil || n != len(h) || len(text) != 2*len(h) {
+		return errors.New("key hash: want 64 hexadecimal digits")
+	}
+	return nil
+}
+
+// User is a person who may come in. The JSON form is what the state file holds and `user list --json` prints.
+type User struct {
+	Name       string    `json:"name"`
+	Groups     []string  `json:"groups"`
+	Credential uint32    `json:"credential"` // in the kernel's maps; never another's
+	Epoch      uint32    `json:"epoch"`      // of the knock secret; a higher one makes earlier secrets worthless
+	Created    time.Time `json:"created"`
+	Revoked    time.Time `json:"revoked,omitzero"`
+	Devices    []Device  `json:"devices"` // oldest first, revoked ones included
+}
+
+// Device is one certificate of a user.
+type Device struct {
+	Name     string    `json:"name"`
+	Key      KeyHash   `json:"key"`
+	NotAfter time.Time `json:"not_after"`
+	Created  time.Time `json:"created"`
+	Revoked  time.Time `json:"revoked,omitzero"`
+}
+
+// Active says whether the user is not revoked. Whether a certificate still holds is the device's matter.
+func (u User) Active() bool { return u.Revoked.IsZero() }
+
+// Active says whether the device is neither revoked nor expired.
+func (d Device) Active(now time.Time) bool { return d.Revoked.IsZero() && now.Before(d.NotAfter) }
+
+// Enrolment is a certificate that was just issued, about to become a user's.
+type Enrolment struct {
+	Name     string    `json:"name"`
+	Groups   []string  `json:"groups"` // for a user who is active already: empty, or what he has
+	Device   string    `json:"device"`
+	Key      KeyHash   `json:"key"`
+	NotAfter time.Time `json:"not_after"`
+}
+
+// Users is the store of users.
+type Users struct{ db *bolt.DB }
+
+// NewUsers reads and writes the users in db, which OpenState opened.
+func NewUsers(db *bolt.DB) *Users { return &Users{db} }
+
+// Add enters a new user, gives an active one another device, or lets a revoked one in again: with his old credential id, a
+// new epoch, and none of his old certificates. A device whose certificate expired may be added again under its name.
+func (s *Users) Add(e Enrolment, now time.Time) (u User, err error) {
+	if err := e.check(now); err != nil {
+		return User{}, err
+	}
+	err = s.db.Update(func(tx *bolt.Tx) error {
+		var known bool
+		if u, known, err = get(tx, e.Name); err != nil {
+			return err
+		}
+		switch {
+		case !known:
+			u = User{Name: e.Name, Groups: e.Groups, Created: now}
+			if u.Credential, err = nextCredential(tx); err != nil {
+				return err
+			}
+		case !u.Active():
+			u.Groups, u.Revoked, u.Epoch = e.Groups, time.Time{}, u.Epoch+1
+		case len(e.Groups) > 0 && !sameSet(e.Groups, u.Groups):
+			return fmt.Errorf("user %q: %w, in groups %q: leave --group off, or revoke him first", u.Name, ErrUserExists, u.Groups)
+		}
+		for _, d := range u.Devices {
+			if d.Name == e.Device && d.Active(now) {
+				return fmt.Errorf("user %q: device %q %w, valid until %s: name another with --device, or revoke this one first",
+					u.Name, d.Name, ErrUserExists, d.NotAfter.Format(time.DateOnly))
+			}
+			if d.Key == e.Key {
+				return fmt.Errorf("user %q: this key %w, as device %q: make a new one", u.Name, ErrUserExists, d.Name)
+			}
+		}
+		if len(u.Devices) >= maxDevices {
+			return fmt.Errorf("user %q: has had %d devices, the most there may be: use another name", u.Name, maxDevices)
+		}
+		u.Devices = append(u.Devices, Device{Name: e.Device, Key: e.Key, NotAfter: e.NotAfter, Created: now})
+		return put(tx, u)
+	})
+	if err != nil {
+		return User{}, err
+	}
+	return u, nil
+}
+
+func (e *Enrolment) check(now time.Time) error {
+	if err := CheckName("user", e.Name); err != nil {
+		return err
+	}
+	if err := CheckName("device", e.Device); err != nil {
+		return err
+	}
+	if len(e.Groups) > 64 {
+		return fmt.Errorf("user %q: %w: %d groups, at most 64", e.Name, ErrName, len(e.Groups))
+	}
+	for _, g := range e.Groups {
+		if err := CheckName("group", g); err != nil {
+			return err
+		}
+	}
+	if e.Groups == nil {
+		e.Groups = []string{}
+	}
+	if e.Key == (KeyHash{}) || !e.NotAfter.After(now) {
+		return fmt.Errorf("user %q: %w: the certificate has no key or ended already", e.Name, ErrName)
+	}
+	return nil
+}
+
+func sameSet(a, b []string) bool {
+	a, b = slices.Sorted(slices.Values(a)), slices.Sorted(slices.Values(b))
+	return slices.Equal(slices.Compact(a), slices.Compact(b))
+}
+
+// Get finds a user, active or revoked. Errors: ErrNoUser, or of the medium.
+func (s *Users) Get(name string) (u User, err error) {
+	err = s.db.View(func(tx *bolt.Tx) error {
+		u, err = mustGet(tx, name)
+		return err
+	})
+	return u, err
+}
+
+// List is every user, revoked ones included, by name.
+func (s *Users) List() (all []User, err error) {
+	err = s.db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketUsers).ForEach(func(k, v []byte) error {
+			u, err := decode(k, v)
+			all = append(all, u)
+			return err
+		})
+	})
+	return all, err
+}
+
+// Revoke ends a user's right to come in, or with a device's name that device's alone, and returns what he is now. To
+// revoke again changes nothing. A device keeps the user's knock secret, which opens the window but nothing behind it.
+// Errors: ErrNoUser, or of the medium.
+func (s *Users) Revoke(name, device string, now time.Time) (u User, err error) {
+	err = s.db.Update(func(tx *bolt.Tx) error {
+		if u, err = mustGet(tx, name); err != nil {
+			return err
+		}
+		found := device == ""
+		for i := range u.Devices {
+			d := &u.Devices[i]
+			if device != "" && d.Name != device {
+				continue
+			}
+			found = true
+			if d.Revoked.IsZero() {
+				d.Revoked = now
+			}
+		}
+		if !found {
+			return fmt.Errorf("user %q: device %q is %w: `perimeterd user list` shows his devices", name, device, ErrNoUser)
+		}
+		if device == "" && u.Active() {
+			u.Revoked = now
+		}
+		return put(tx, u)
+	})
+	if err != nil {
+		return User{}, err
+	}
+	return u, nil
+}
+
+// RaiseEpoch makes the user's knock secrets so far worthless. Errors: ErrNoUser, or of the medium.
+func (s *Users) RaiseEpoch(name string) (u User, err error) {
+	err = s.db.Update(func(tx *bolt.Tx) error {
+		if u, err = mustGet(tx, name); err != nil {
+			return err
+		}
+		u.Epoch++
+		return put(tx, u)
+	})
+	return u, err
+}
+
+func mustGet(tx *bolt.Tx, name string) (User, error) {
+	u, known, err := get(tx, name)
+	if err == nil && !known {
+		err = fmt.Errorf("user %q is %w: `perimeterd user list` shows who is", name, ErrNoUser)
+	}
+	return u, err
+}
+
+func get(tx *bolt.Tx, name string) (u User, known bool, err error) {
+	v := tx.Bucket(bucketUsers).Get([]byte(name))
+	if v == nil {
+		return User{}, false, nil
+	}
+	u, err = decode([]byte(name), v)
+	return u, err == nil, err
+}
+
+func decode(k, v []byte) (u User, err error) {
+	if err := json.Unmarshal(v, &u); err != nil || u.Name != string(k) {
+		return User{}, fmt.Errorf("state: the record of user %q is damaged: restore a backup", k)
+	}
+	return u, nil
+}
+
+func put(tx *bolt.Tx, u User) error {
+	v, err := json.Marshal(u)
+	if err != nil {
+		return err
+	}
+	return tx.Bucket(bucketUsers).Put([]byte(u.Name), v)
+}

@@ -1,0 +1,116 @@
+package session_test
+
+import (
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+
+	"perimeterd/internal/session"
+	"perimeterd/internal/session/storetest"
+)
+
+func openDB(t testing.TB, path string) *bolt.DB {
+	t.Helper()
+	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { db.Close() })
+	return db
+}
+
+func TestBolt(t *testing.T) {
+	storetest.Run(t, func(t *testing.T) func(time.Time) session.Store {
+		path := filepath.Join(t.TempDir(), "state.db")
+		var db *bolt.DB
+		return func(now time.Time) session.Store {
+			if db != nil {
+				db.Close()
+			}
+			db = openDB(t, path)
+			st, err := session.OpenBolt(db, now)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return st
+		}
+	})
+}
+
+func sampleSession(n byte, now time.Time) session.Session {
+	s := session.Session{ID: session.NewID(), User: "alice", Address: netip.AddrFrom4([4]byte{10, 77, 0, n}),
+		Created: now, Expires: now.Add(time.Hour)}
+	s.PublicKey[0] = n
+	return s
+}
+
+func TestSessionEndedWhileTheDiskFailsIsGoneAndStaysGone(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state.db")
+	now := time.Now().Truncate(time.Second).UTC()
+	db := openDB(t, path)
+	st, err := session.OpenBolt(db, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := sampleSession(9, now)
+	if err := st.Put(s); err != nil {
+		t.Fatal(err)
+	}
+	var ended session.Reason
+	st.Watch(func(e session.Event) { ended = e.Ended })
+	db.Close() // every write fails from here on
+	if err := st.End(s.ID, session.Revoked); err == nil || !strings.Contains(err.Error(), "state file could not be told") {
+		t.Fatalf("End: %v, want an error of the medium", err)
+	}
+	if _, ok := st.Get(s.ID); ok || ended != session.Revoked {
+		t.Fatalf("the session is live: %v, the watcher saw %q", ok, ended)
+	}
+	if err := st.Put(sampleSession(10, now)); err == nil {
+		t.Fatal("Put succeeded on a closed file")
+	}
+	if got := st.List(); len(got) != 0 {
+		t.Fatalf("a session that could not be written is live: %v", got)
+	}
+}
+
+func TestDamagedRecordKeepsTheStoreClosed(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state.db")
+	now := time.Now()
+	db := openDB(t, path)
+	if _, err := session.OpenBolt(db, now); err != nil {
+		t.Fatal(err)
+	}
+	id := session.NewID()
+	err := db.Update(func(tx *bolt.Tx) error {
+		return tx.Bucket([]byte("sessions")).Put(id[:], []byte(`{"User":"mallory"}`))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := session.OpenBolt(db, now); err == nil || !strings.Contains(err.Error(), "is damaged") {
+		t.Fatalf("OpenBolt: %v, want a refusal", err)
+	}
+}
+
+// ByAddress runs for every connection that the proxy accepts.
+func BenchmarkByAddress(b *testing.B) {
+	now := time.Now()
+	st, err := session.OpenBolt(openDB(b, filepath.Join(b.TempDir(), "state.db")), now)
+	if err != nil {
+		b.Fatal(err)
+	}
+	s := sampleSession(1, now)
+	if err := st.Put(s); err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, ok := st.ByAddress(s.Address); !ok {
+			b.Fatal("gone")
+		}
+	}
+}

@@ -1,0 +1,90 @@
+package proxy
+
+import (
+	"context"
+	"crypto/rand"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"perimeterd/internal/session"
+)
+
+// Access is one request and what became of it: what the log line says, for those who keep it otherwise (audit, metrics, a
+// person's last refusals).
+type Access struct {
+	ID          string // names it, for `perimeterd why`
+	Began       time.Time
+	User        string
+	Session     session.ID
+	Device      string
+	Source      netip.AddrPort
+	Method      string
+	Destination Destination // zero if the request names none
+	Target      string      // what the client sent, quoted, if Destination is zero
+	Decision    Decision
+	Status      int            // sent to the client; 0: none
+	Dialed      netip.AddrPort // zero: none
+	Up, Down    int64          // bytes to and from the destination
+	Duration    time.Duration
+	End         Reason // why the connection ended; empty when it goes on, and when nothing was relayed
+	Detail      string // for people
+}
+
+// begin opens the record of a request. Method and target are the client's words, and go no further unquoted.
+func (s *Server) begin(l *link, method, target string) *Access {
+	a := &Access{
+		ID: rand.Text()[:10], Began: time.Now(),
+		User: l.session.User, Session: l.session.ID, Device: l.session.Device, Source: l.source,
+	}
+	if a.Method = method; !isToken(method) || len(method) > 32 {
+		a.Method = ""
+	}
+	if target != "" {
+		a.Target = quote(target)
+	}
+	return a
+}
+
+// done writes the request's one line.
+func (s *Server) done(a *Access) {
+	a.Duration = time.Since(a.Began)
+	verdict := "deny"
+	switch {
+	case a.Decision.Observed:
+		verdict = "observe"
+	case a.Decision.Allow:
+		verdict = "allow"
+	}
+	destination := a.Target
+	if a.Destination.Valid() {
+		destination = a.Destination.String()
+	}
+	attrs := make([]slog.Attr, 0, 20)
+	attrs = append(attrs, slog.String("id", a.ID), slog.String("user", a.User))
+	if a.Session != (session.ID{}) {
+		attrs = append(attrs, slog.String("session", a.Session.String()), slog.String("device", a.Device))
+	}
+	attrs = append(attrs,
+		slog.String("source", a.Source.String()), slog.String("method", a.Method), slog.String("destination", destination),
+		slog.String("decision", verdict), slog.String("reason", string(a.Decision.Reason)), slog.Int("rule", a.Decision.Rule),
+		slog.Int("status", a.Status))
+	if a.Dialed.IsValid() {
+		attrs = append(attrs, slog.String("dialed", a.Dialed.String()), slog.Int64("up", a.Up), slog.Int64("down", a.Down))
+	}
+	attrs = append(attrs, slog.Duration("duration", a.Duration))
+	if a.End != "" {
+		attrs = append(attrs, slog.String("end", string(a.End)))
+	}
+	if a.Detail != "" {
+		attrs = append(attrs, slog.String("detail", a.Detail))
+	}
+	s.log.LogAttrs(context.Background(), slog.LevelInfo, "proxy", attrs...)
+	if watch := s.watch.Load(); watch != nil {
+		(*watch)(*a)
+	}
+}
+
+// Watch calls fn with every request after its line has been logged, from the request's goroutine: fn must be quick. There
+// is one watcher; a second replaces the first.
+func (s *Server) Watch(fn func(Access)) { s.watch.Store(&fn) }

@@ -1,0 +1,288 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"perimeterd/internal/session"
+)
+
+const (
+	headTimeout = 10 * time.Second
+	// excess is how many connections beyond a user's limit are still told so; more are reset unheard.
+	excess = 64
+)
+
+// keepAlive finds dead peers in two minutes and wakes sleeping laptops once a minute at most.
+var keepAlive = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4}
+
+// Sessions knows who holds a tunnel address. It must see an end before SessionEvent is called for it.
+type Sessions interface {
+	ByAddress(netip.Addr) (session.Session, bool)
+}
+
+// Server is the proxy.
+type Server struct {
+	sessions Sessions
+	log      *slog.Logger
+	watch    atomic.Pointer[func(Access)]
+	state    atomic.Pointer[state]
+	reload   sync.Mutex
+	dialer   *dialer
+	links    *registry
+	buffers  *sync.Pool
+	plain    *plain
+}
+
+type state struct {
+	Config
+	policy *Policy
+}
+
+// Listen opens the proxy's listener. Multipath TCP is off: such sockets cannot be spliced.
+func Listen(ctx context.Context, at netip.AddrPort) (net.Listener, error) {
+	lc := net.ListenConfig{KeepAliveConfig: keepAlive}
+	lc.SetMultipathTCP(false)
+	l, err := lc.Listen(ctx, "tcp", at.String())
+	if err != nil {
+		return nil, fmt.Errorf("proxy.port %d: %w: is the tunnel device up, and no other proxy on %v?", at.Port(), err, at.Addr())
+	}
+	return l, nil
+}
+
+// New makes a proxy that Run will serve. It refuses a configuration that makes no sense.
+func New(cfg Config, sessions Sessions, log *slog.Logger) (*Server, error) {
+	st, err := compile(cfg)
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{
+		sessions: sessions, log: log, dialer: newDialer(), links: newRegistry(),
+		buffers: &sync.Pool{New: func() any { b := make([]byte, bufferSize); return &b }},
+	}
+	s.state.Store(st)
+	s.plain = newPlain(s)
+	return s, nil
+}
+
+func compile(cfg Config) (*state, error) {
+	policy, err := Compile(cfg)
+	if err := errors.Join(err, cfg.limits()); err != nil {
+		return nil, err
+	}
+	return &state{Config: cfg, policy: policy}, nil
+}
+
+// Run serves l until ctx ends, then resets every connection and returns nil. L is closed. A Server runs once.
+func (s *Server) Run(ctx context.Context, l net.Listener) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer stop()
+	var tasks sync.WaitGroup
+	tasks.Go(func() { s.sweep(ctx) })
+	tasks.Go(s.plain.run)
+	err := s.accept(ctx, l)
+	cancel()
+	l.Close()
+	<-s.links.close(Shutdown)
+	s.plain.close()
+	tasks.Wait()
+	return err
+}
+
+func (s *Server) accept(ctx context.Context, l net.Listener) error {
+	for pause := time.Duration(0); ; {
+		c, err := l.Accept()
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			if ne := net.Error(nil); !errors.As(err, &ne) || !ne.Temporary() { // out of descriptors, or a connection that is gone
+				return fmt.Errorf("proxy: accept: %w", err)
+			}
+			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+			s.log.Warn("proxy: accept", "err", err, "pause", pause)
+			time.Sleep(pause)
+			continue
+		}
+		pause = 0
+		tc, ok := c.(*net.TCPConn)
+		if !ok {
+			c.Close()
+			return fmt.Errorf("proxy: the listener gives %T: only plain TCP connections can be spliced", c)
+		}
+		go s.serve(tc)
+	}
+}
+
+// serve takes a connection up to the point where a tunnel or net/http has it.
+func (s *Server) serve(c *net.TCPConn) {
+	l := s.admit(c)
+	if l == nil {
+		return
+	}
+	src, err := newSource(c, s.buffers)
+	if err != nil {
+		s.drop(l, ClientReset)
+		return
+	}
+	h, n, err := s.readHead(l, src)
+	if err != nil {
+		heard := len(src.bytes()) > 0
+		src.release()
+		gone := n < 0 && !errors.Is(err, os.ErrDeadlineExceeded)
+		if gone || !heard { // browsers open connections that they may never use
+			s.drop(l, Closed)
+			return
+		}
+		s.refuse(l, s.begin(l, h.method, h.target), h, reasonOf(err), err)
+		return
+	}
+	if h.method == "CONNECT" {
+		src.skip(n)
+		s.connect(l, h, src)
+		return
+	}
+	s.plain.take(l, h, src)
+}
+
+// admit ties a connection to the session that holds its address. It returns nil when there is none.
+func (s *Server) admit(c *net.TCPConn) *link {
+	l := &link{source: remote(c), client: c, began: time.Now()}
+	var ok bool
+	if l.session, ok = s.sessions.ByAddress(l.source.Addr()); !ok {
+		a := s.begin(l, "", "")
+		a.Decision.Reason = NoSession
+		reset(c)
+		s.done(a)
+		return nil
+	}
+	l.ctx, l.cancel = context.WithCancel(context.Background())
+	n := s.links.add(l)
+	// The session may have ended before the link was there to be found by its end.
+	if !s.alive(l) {
+		a := s.begin(l, "", "")
+		a.Decision.Reason = NoSession
+		s.done(a)
+		s.drop(l, NoSession)
+		return nil
+	}
+	most := s.state.Load().PerUserConnections
+	if l.extra = n > most; n > most+excess {
+		a := s.begin(l, "", "")
+		a.Decision.Reason = TooMany
+		s.done(a)
+		s.drop(l, TooMany)
+		return nil
+	}
+	return l
+}
+
+// alive reports whether the address still belongs to the session that the link began with.
+func (s *Server) alive(l *link) bool {
+	now, ok := s.sessions.ByAddress(l.source.Addr())
+	return ok && now.ID == l.session.ID
+}
+
+// readHead collects and parses the head, which is the first n bytes of src. N is negative when the client went away.
+func (s *Server) readHead(l *link, src *source) (h head, n int, err error) {
+	l.client.SetReadDeadline(l.began.Add(headTimeout))
+	defer l.client.SetReadDeadline(time.Time{})
+	for seen := 0; n == 0; {
+		if err := src.more(); err != nil {
+			return h, -1, err
+		}
+		if n, err = headEnd(src.bytes(), seen); err != nil {
+			return h, 0, err
+		}
+		seen = len(src.bytes())
+	}
+	h, err = parseHead(src.bytes()[:n])
+	return h, n, err
+}
+
+// drop ends a link that serves nothing.
+func (s *Server) drop(l *link, why Reason) {
+	if why == Closed {
+		l.close()
+	} else {
+		l.end(why)
+	}
+	s.links.remove(l)
+}
+
+// SessionEvent resets every connection of a session that has ended, before it returns.
+func (s *Server) SessionEvent(e session.Event) {
+	if e.Ended == "" {
+		return
+	}
+	for _, l := range s.links.of(e.Session.ID) {
+		l.end(Reason(e.Ended))
+	}
+}
+
+// Connections counts a session's live connections. Its address must not be given away before there are none.
+func (s *Server) Connections(id session.ID) int { return len(s.links.of(id)) }
+
+// Policy is the one in force.
+func (s *Server) Policy() *Policy { return s.state.Load().policy }
+
+// Reload puts another configuration in force, or leaves everything as it was and says why. Live connections that it does
+// not allow are reset before it returns.
+func (s *Server) Reload(cfg Config) error {
+	s.reload.Lock()
+	defer s.reload.Unlock()
+	if old := s.state.Load(); cfg.Listen != old.Listen {
+		return fmt.Errorf("proxy.port: %v cannot become %v while running: restart the daemon", old.Listen, cfg.Listen)
+	}
+	st, err := compile(cfg)
+	if err != nil {
+		return err
+	}
+	s.state.Store(st)
+	for _, l := range s.links.all() {
+		l.mu.Lock()
+		q, dialed := l.current, l.dialed
+		l.mu.Unlock()
+		if q == nil {
+			continue
+		}
+		d := st.policy.Decide(*q)
+		if d.Allow && dialed.IsValid() {
+			d = st.policy.DecideAddress(*q, dialed)
+		}
+		if !d.Allow {
+			l.end(PolicyChanged)
+		}
+	}
+	return nil
+}
+
+// sweep ends what has been silent, or has lived, for too long.
+func (s *Server) sweep(ctx context.Context) {
+	for {
+		st := s.state.Load()
+		// Often enough that a limit is exceeded by an eighth, and by half a minute at most.
+		pause := min(st.Idle, st.Lifetime) / 8
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(max(min(pause, 30*time.Second), 10*time.Millisecond)):
+		}
+		now := time.Now()
+		for _, l := range s.links.all() {
+			if why := l.stale(now, st.Idle, st.Lifetime); why != "" {
+				l.end(why)
+			}
+		}
+	}
+}

@@ -1,0 +1,223 @@
+package proxy
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"perimeterd/internal/session"
+)
+
+// link is one connection of a client, from accept to its end, and the server's it leads to at the moment.
+type link struct {
+	session session.Session // as it was at accept
+	source  netip.AddrPort
+	client  *net.TCPConn
+	began   time.Time
+	extra   bool            // beyond the user's limit: told so, and closed
+	ctx     context.Context // ends with the link
+	cancel  context.CancelFunc
+
+	mu      sync.Mutex
+	server  *net.TCPConn
+	current *Request // being served
+	dialed  netip.Addr
+	ended   Reason
+}
+
+// serve notes the request being served, before it is decided: a reload that comes later finds and judges it.
+func (l *link) serve(q *Request) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.current, l.dialed = q, netip.Addr{}
+}
+
+// attach ties the server's connection to the link. It reports false, and resets it, when the link has ended.
+func (l *link) attach(server *net.TCPConn) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ended != "" {
+		reset(server)
+		return false
+	}
+	l.server, l.dialed = server, remote(server).Addr()
+	return true
+}
+
+// detach closes the server's connection; the link may serve another request.
+func (l *link) detach() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.server != nil {
+		l.server.Close()
+	}
+	l.server, l.current = nil, nil
+}
+
+// end resets both sides. The first reason stays.
+func (l *link) end(why Reason) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ended != "" {
+		return
+	}
+	l.ended = why
+	l.cancel()
+	reset(l.client)
+	if l.server != nil {
+		reset(l.server)
+	}
+}
+
+// close closes both sides after all has been said.
+func (l *link) close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ended != "" {
+		return
+	}
+	l.ended = Closed
+	l.cancel()
+	l.client.Close()
+	if l.server != nil {
+		l.server.Close()
+	}
+}
+
+func (l *link) why() Reason {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.ended
+}
+
+// stale says why the link must end now: it has lived, or been silent, for too long.
+func (l *link) stale(now time.Time, idle, lifetime time.Duration) Reason {
+	l.mu.Lock()
+	busy := l.server != nil
+	l.mu.Unlock()
+	if !busy { // reading a head and dialing have deadlines of their own
+		return ""
+	}
+	if now.Sub(l.began) >= lifetime {
+		return Lifetime
+	}
+	raw, err := l.client.SyscallConn()
+	if err != nil {
+		return ""
+	}
+	var info *unix.TCPInfo
+	// The kernel's own clock of data to and from the client sees spliced bytes too.
+	if cerr := raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }); cerr != nil || err != nil {
+		return ""
+	}
+	if silent := time.Duration(min(info.Last_data_sent, info.Last_data_recv)) * time.Millisecond; silent >= idle {
+		return Idle
+	}
+	return ""
+}
+
+// reset closes c with RST and drops what is queued: nobody may take what they have received for whole.
+func reset(c *net.TCPConn) {
+	c.SetLinger(0)
+	c.Close()
+}
+
+func remote(c *net.TCPConn) netip.AddrPort {
+	a, ok := c.RemoteAddr().(*net.TCPAddr)
+	if !ok {
+		return netip.AddrPort{}
+	}
+	return netip.AddrPortFrom(a.AddrPort().Addr().Unmap().WithZone(""), uint16(a.Port))
+}
+
+// registry knows every live link.
+type registry struct {
+	mu       sync.Mutex
+	sessions map[session.ID]map[*link]struct{}
+	users    map[string]int
+	closed   Reason        // once set, links end as they come
+	empty    chan struct{} // closed, by once, when closed is set and no link is left
+	once     sync.Once
+}
+
+func newRegistry() *registry {
+	return &registry{sessions: map[session.ID]map[*link]struct{}{}, users: map[string]int{}, empty: make(chan struct{})}
+}
+
+// add returns how many links the user has now. It ends l when the registry is closed.
+func (r *registry) add(l *link) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	links := r.sessions[l.session.ID]
+	if links == nil {
+		links = map[*link]struct{}{}
+		r.sessions[l.session.ID] = links
+	}
+	links[l] = struct{}{}
+	r.users[l.session.User]++
+	if r.closed != "" {
+		l.end(r.closed)
+	}
+	return r.users[l.session.User]
+}
+
+// remove takes out a link whose sockets are closed. Doing it twice is harmless.
+func (r *registry) remove(l *link) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	links := r.sessions[l.session.ID]
+	if _, ok := links[l]; !ok {
+		return
+	}
+	if delete(links, l); len(links) == 0 {
+		delete(r.sessions, l.session.ID)
+	}
+	if r.users[l.session.User]--; r.users[l.session.User] == 0 {
+		delete(r.users, l.session.User)
+	}
+	r.settleLocked()
+}
+
+func (r *registry) settleLocked() {
+	if r.closed != "" && len(r.sessions) == 0 {
+		r.once.Do(func() { close(r.empty) })
+	}
+}
+
+// of lists the links of a session.
+func (r *registry) of(id session.ID) []*link {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	links := make([]*link, 0, len(r.sessions[id]))
+	for l := range r.sessions[id] {
+		links = append(links, l)
+	}
+	return links
+}
+
+func (r *registry) all() (links []*link) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, of := range r.sessions {
+		for l := range of {
+			links = append(links, l)
+		}
+	}
+	return links
+}
+
+// close ends every link, and those to come. The channel is closed when none is left.
+func (r *registry) close(why Reason) <-chan struct{} {
+	r.mu.Lock()
+	r.closed = why
+	r.settleLocked()
+	r.mu.Unlock()
+	for _, l := range r.all() {
+		l.end(why)
+	}
+	return r.empty
+}
