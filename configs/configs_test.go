@@ -154,6 +154,11 @@ func TestBadConfigurations(t *testing.T) {
 			f + ": console.port 80: proxy.port has it, on the same address: choose another\n" +
 				f + ":5: proxy.mode \"off\": want enforce or observe\n" +
 				f + ":6: proxy.regions \"Frankfurt\" is no region: write its code, such as \"us-east-1\""},
+		{"one port twice", minimal + "listen = [\":80\", \":1194\", \":1194\"]\n",
+			f + ":3: gate.listen \":1194\": stands in it twice: remove one\n" +
+				f + ":3: gate.listen [\":80\" \":1194\" \":1194\"]: port 80 is the proxy's or the console's too, on the tunnel address: choose another"},
+		{"a link-local endpoint", "gate.endpoint = \"[fe80::1%eth0]:1\"\n",
+			f + ":1: gate.endpoint \"[fe80::1%eth0]:1\": want where clients find this host, HOST:PORT, as in bastion.example.com:1194"},
 		{"rules", minimal + "[[proxy.rule]]\nallow = [\"@aws\"]\n[[proxy.rule]]\nports = [443]\n[[proxy.rule]]\nallow = [\"@aws\"]\ndeny = [\"a.example.com\"]\nports = [0]\ngroups = [\"*\", \"A B\"]\n",
 			f + ":3: proxy.rule 1: it allows no port: add ports = [443]\n" +
 				f + ":5: proxy.rule 2: neither deny nor allow: add the destinations, or remove the rule\n" +

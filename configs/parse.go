@@ -155,6 +155,11 @@ func (p *parser) config() *Config {
 		p.bad("console.port", "console.port %d: proxy.port has it, on the same address: choose another", consolePort)
 	}
 	gatePorts := p.listen(r.Gate.Listen)
+	for _, inner := range []uint16{proxyPort, consolePort} {
+		if slices.Contains(gatePorts, inner) {
+			p.bad("gate.listen", "gate.listen %q: port %d is the proxy's or the console's too, on the tunnel address: choose another", r.Gate.Listen, inner)
+		}
+	}
 	c.Gate = gate.Config{
 		Listen:             r.Gate.Listen,
 		Endpoint:           net.JoinHostPort(p.endpoint(r.Gate.Endpoint), strconv.Itoa(int(tunnelPort))),
@@ -333,8 +338,9 @@ func (p *parser) endpoint(s string) (host string) {
 func SplitEndpoint(s string) (host string, err error) {
 	host, port, err := net.SplitHostPort(s)
 	n, perr := strconv.ParseUint(port, 10, 16)
-	_, aerr := netip.ParseAddr(host)
-	if err != nil || perr != nil || n == 0 || aerr != nil && (len(host) > 253 || !hostName.MatchString(host)) {
+	addr, aerr := netip.ParseAddr(host)
+	name := aerr != nil && len(host) <= 253 && hostName.MatchString(host)
+	if err != nil || perr != nil || n == 0 || aerr != nil && !name || addr.Zone() != "" {
 		return "", fmt.Errorf("%q: want where clients find this host, HOST:PORT, as in bastion.example.com:1194", s)
 	}
 	return host, nil

@@ -94,6 +94,7 @@ type exchange struct {
 	conn   atomic.Pointer[countedConn]
 	access *Access
 	json   bool
+	last   bool // of its connection
 	broken bool // the answer's body ended with an error
 	bare   bool // the origin switched protocols
 }
@@ -109,7 +110,7 @@ func (p *plain) close() {
 
 // take hands a link to net/http, with the head that was read and what followed.
 func (p *plain) take(l *link, h head, src *source) {
-	c := &plainConn{TCPConn: l.client, plain: p, link: l, pending: bytes.Clone(src.bytes())}
+	c := &plainConn{Conn: l.client, plain: p, link: l, pending: bytes.Clone(src.bytes())}
 	src.release()
 	select {
 	case p.conns <- c:
@@ -123,20 +124,21 @@ func (p *plain) serve(w http.ResponseWriter, r *http.Request) {
 	c := r.Context().Value(plainConnKey{}).(*plainConn)
 	l, h := c.link, c.head
 	a := s.begin(l, r.Method, r.RequestURI)
+	// Where a chunked body ends is net/http's finding, and what follows would be read without our own look at it.
+	last := h.chunked || h.upgrade
 	refuse := func(err error) {
 		status := s.settle(l, a, "", err)
 		if status == 0 {
 			panic(http.ErrAbortHandler)
 		}
 		body, kind := a.body(h.json)
+		if last {
+			w.Header().Set("Connection", "close")
+		}
 		w.Header().Set("Content-Type", kind)
 		w.Header().Set("X-Perimeter-Reason", string(a.Decision.Reason))
 		w.WriteHeader(status)
 		w.Write(body)
-	}
-	if h.chunked {
-		// Where such a body ends is net/http's finding; what follows would be read without our own look at it.
-		w.Header().Set("Connection", "close")
 	}
 	t, err := s.open(l, h, a)
 	if err != nil {
@@ -144,7 +146,7 @@ func (p *plain) serve(w http.ResponseWriter, r *http.Request) {
 		refuse(err)
 		return
 	}
-	x := &exchange{access: a, json: h.json}
+	x := &exchange{access: a, json: h.json, last: last}
 	x.conn.Store(&countedConn{Conn: t.server, up: &t.up, down: &t.down})
 	defer func() {
 		if x.broken {
@@ -198,8 +200,8 @@ func (p *plain) roundTrip(r *http.Request, _ *goproxy.ProxyCtx) (*http.Response,
 		return resp, nil
 	}
 	stripHops(resp.Header)
-	if upgrade {
-		resp.Header.Set("Connection", "close") // heads are no longer looked at on this connection
+	if x.last {
+		resp.Header.Set("Connection", "close")
 	}
 	resp.Body = &watchedBody{resp.Body, &x.broken}
 	return resp, nil
@@ -232,16 +234,16 @@ func stripHops(h http.Header) {
 // plainConn shows net/http one request at a time, each head read strictly before: net/http never sees a head that parseHead
 // has not.
 type plainConn struct {
-	*net.TCPConn
-	plain   *plain
-	link    *link
-	bare    atomic.Bool // a WebSocket: bytes only
-	head    head        // of the request being served
-	pending []byte      // read and not delivered
-	given   int         // bytes of the coming head that are delivered already
-	looked  int         // bytes of pending that headEnd has seen
-	passed  int         // length of the coming head once it is known to be good
-	body    int64       // bytes of the body still to come; negative: chunked, to the connection's end
+	net.Conn // the interface: a *net.TCPConn would lend its WriteTo, past Read
+	plain    *plain
+	link     *link
+	bare     atomic.Bool // a WebSocket: bytes only
+	head     head        // of the request being served
+	pending  []byte      // read and not delivered
+	given    int         // bytes of the coming head that are delivered already
+	looked   int         // bytes of pending that headEnd has seen
+	passed   int         // length of the coming head once it is known to be good
+	body     int64       // bytes of the body still to come; negative: chunked, to the connection's end
 }
 
 func (c *plainConn) Read(b []byte) (int, error) {
@@ -295,7 +297,7 @@ func (c *plainConn) deliver(b []byte) (int, error) {
 		return n, nil
 	}
 	c.pending, c.given = nil, 0
-	return c.TCPConn.Read(b)
+	return c.Conn.Read(b)
 }
 
 // next collects a head and judges its form. A bad one is answered here, where no answer is under way any more.
@@ -333,10 +335,10 @@ func (c *plainConn) next() error {
 
 func (c *plainConn) fill() error {
 	if len(c.pending) > 0 {
-		c.TCPConn.SetReadDeadline(time.Now().Add(headTimeout))
+		c.Conn.SetReadDeadline(time.Now().Add(headTimeout))
 	}
 	var b [4096]byte
-	n, err := c.TCPConn.Read(b[:])
+	n, err := c.Conn.Read(b[:])
 	c.pending = append(c.pending, b[:n]...)
 	if n > 0 {
 		return nil

@@ -27,6 +27,9 @@ import (
 	"perimeterd/vpn/client"
 )
 
+// defaultDevice is the name of a device that was given none.
+const defaultDevice = "default"
+
 type addOptions struct {
 	name, device, out, passphraseFile string
 	groups                            []string
@@ -68,7 +71,10 @@ func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) error {
 		if err != nil {
 			return err
 		}
-		p.User, p.Device = o.name, o.device
+		p.User = o.name
+		if o.device != defaultDevice { // a profile is called by both; a lone device needs no name
+			p.Device = o.device
+		}
 		p.Certificate, p.Key = string(issued.Certificate), string(issued.Key)
 		if c.Knock.Tokens {
 			p.KnockSecret = base64.StdEncoding.EncodeToString(knock.Secret(master[:], u.Name, u.Epoch))
@@ -216,27 +222,9 @@ func sequenceOf(c *configs.Config, name string) (ports []string) {
 	return ports
 }
 
-// profileFile is client.Profile with PEM on lines of its own, as a person expects it.
-type profileFile struct {
-	Version         int      `toml:"version"`
-	User            string   `toml:"user"`
-	Device          string   `toml:"device,omitempty"`
-	Endpoints       []string `toml:"endpoints"`
-	TunnelPort      uint16   `toml:"tunnel_port"`
-	ServerID        string   `toml:"server_id"`
-	ServerPublicKey string   `toml:"server_public_key"`
-	KnockSecret     string   `toml:"knock_secret,omitempty"`
-	KnockStep       string   `toml:"knock_step,omitempty"`
-	Sequence        []string `toml:"sequence,omitempty"`
-	Egress          []string `toml:"egress"`
-	CA              string   `toml:"ca,multiline"`
-	Certificate     string   `toml:"certificate,multiline"`
-	Key             string   `toml:"key,multiline"`
-}
-
 // encodeProfile writes the profile as TOML, and with a passphrase as an armored age file around it.
 func encodeProfile(p client.Profile, passphrase string) ([]byte, error) {
-	text, err := toml.Marshal(profileFile(p)) // a field more in the profile does not compile here
+	text, err := toml.Marshal(p)
 	if err != nil || passphrase == "" {
 		return text, err
 	}

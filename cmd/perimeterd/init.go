@@ -288,7 +288,7 @@ func (o *initOptions) report(ctx context.Context, out io.Writer, c *configs.Conf
 		gate, c.Firewall.TunnelPort, strings.Join(ports, ", "))
 	fmt.Fprintf(out, "    %s\n\n", authorizeIngress(ec2, gate, c.Firewall.TunnelPort, ports))
 	switch {
-	case o.dir == "" && hasService(ctx):
+	case o.config == configs.DefaultPath && hasService(ctx):
 		if text, err := exec.CommandContext(ctx, "systemctl", "enable", "--now", serviceUnit).CombinedOutput(); err != nil {
 			return fmt.Errorf("everything is written, but the service did not start: systemctl: %s: see journalctl -u %s",
 				strings.TrimSpace(string(text)), serviceUnit)

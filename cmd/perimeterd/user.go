@@ -82,7 +82,7 @@ A revoked user who is added again gets a new knock secret, and none of his old c
 	}
 	f := cmd.Flags()
 	f.StringArrayVar(&o.groups, "group", nil, "`GROUP` of the user; may be repeated")
-	f.StringVar(&o.device, "device", "default", "`NAME` that tells the user's devices apart")
+	f.StringVar(&o.device, "device", defaultDevice, "`NAME` that tells the user's devices apart")
 	f.StringVar(&valid, "valid", "90d", "how long the certificate holds, as in 90d or 12h")
 	f.StringVar(&o.out, "out", "", "profile `FILE` to write (default NAME.profile)")
 	f.StringVar(&o.passphraseFile, "passphrase-file", "", "`FILE` whose first line protects the profile")

@@ -90,7 +90,10 @@ func (o *Operations) AddUser(_ context.Context, e identity.Enrolment) (identity.
 }
 
 // ListUsers is every user, revoked ones included.
-func (o *Operations) ListUsers(context.Context) ([]identity.User, error) { return o.Users.List() }
+func (o *Operations) ListUsers(context.Context) ([]identity.User, error) {
+	all, err := o.Users.List()
+	return append([]identity.User{}, all...), err // an empty list is [] in JSON
+}
 
 // RevokeUser revokes a user, or one of his devices, and ends the sessions of what was revoked. The sessions end even
 // where the state file could not be written.
@@ -111,9 +114,13 @@ func (o *Operations) RevokeUser(_ context.Context, name, device string) (identit
 			err = errors.Join(err, e)
 		}
 	}
-	o.Log.Info("user revoked", "user", name, "device", device, "sessions", ended, "err", err)
 	o.changed(name)
-	return u, err
+	if err != nil {
+		o.Log.Error("user revoked in part", "user", name, "device", device, "sessions", ended, "err", err)
+		return u, err
+	}
+	o.Log.Info("user revoked", "user", name, "device", device, "sessions", ended)
+	return u, nil
 }
 
 func revokedKey(u identity.User, key [32]byte) bool {
@@ -159,7 +166,7 @@ func (o *Operations) sessions() []Session {
 	all := o.Sessions.List()
 	list := make([]Session, len(all))
 	for i, s := range all {
-		list[i] = Session{s.ID, s.User, s.Device, s.Groups, s.Address, s.Outer, s.Created, s.Expires, s.PostQuantum}
+		list[i] = Session{s.ID, s.User, s.Device, append([]string{}, s.Groups...), s.Address, s.Outer, s.Created, s.Expires, s.PostQuantum}
 	}
 	return list
 }

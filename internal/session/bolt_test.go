@@ -1,13 +1,17 @@
 package session_test
 
 import (
+	"errors"
 	"net/netip"
+	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 
 	"perimeterd/internal/session"
 	"perimeterd/internal/session/storetest"
@@ -74,6 +78,78 @@ func TestSessionEndedWhileTheDiskFailsIsGoneAndStaysGone(t *testing.T) {
 	}
 	if got := st.List(); len(got) != 0 {
 		t.Fatalf("a session that could not be written is live: %v", got)
+	}
+}
+
+// failWrites makes every write to an open file of this process fail, as a disk that turned read-only does, until the
+// returned function is called.
+func failWrites(t *testing.T, path string) (heal func()) {
+	t.Helper()
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range fds {
+		if target, err := os.Readlink("/proc/self/fd/" + e.Name()); err != nil || target != path {
+			continue
+		}
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		saved, err := unix.Dup(fd) // keeps the lock, too
+		if err != nil {
+			t.Fatal(err)
+		}
+		readOnly, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer readOnly.Close()
+		if err := unix.Dup3(int(readOnly.Fd()), fd, 0); err != nil {
+			t.Fatal(err)
+		}
+		return func() {
+			if err := unix.Dup3(saved, fd, 0); err != nil {
+				t.Fatal(err)
+			}
+			unix.Close(saved)
+		}
+	}
+	t.Fatalf("%s is not open", path)
+	return nil
+}
+
+func TestEndThatCouldNotBeWrittenIsWrittenWithTheNextChange(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state.db")
+	now := time.Now().Truncate(time.Second).UTC()
+	db := openDB(t, path)
+	st, err := session.OpenBolt(db, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	revoked, later := sampleSession(9, now), sampleSession(10, now)
+	if err := st.Put(revoked); err != nil {
+		t.Fatal(err)
+	}
+	heal := failWrites(t, path)
+	if err := st.End(revoked.ID, session.Revoked); err == nil {
+		t.Fatal("End says it was written")
+	}
+	heal()
+	if err := st.Put(later); err != nil {
+		t.Fatal(err)
+	}
+	db.Close()
+	if st, err = session.OpenBolt(openDB(t, path), now); err != nil {
+		t.Fatal(err)
+	}
+	if all := st.List(); len(all) != 1 || all[0].ID != later.ID {
+		t.Fatalf("after a restart %v live", all)
+	}
+	again := sampleSession(9, now)
+	if err := st.Put(again); !errors.Is(err, session.ErrKeyUsed) {
+		t.Fatalf("its key: %v", err)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -186,7 +187,8 @@ func (s *Server) update(f func()) {
 }
 
 func (s *Server) talk(ctx context.Context, c net.Conn, end func()) {
-	defer c.Close()
+	leave := c.Close
+	defer func() { leave() }()
 	c.SetReadDeadline(time.Now().Add(time.Second))
 	in := bufio.NewReaderSize(c, 1024)
 	line, err := in.ReadSlice('\n') // longer than the buffer is an error
@@ -239,6 +241,7 @@ func (s *Server) talk(ctx context.Context, c net.Conn, end func()) {
 		<-s.ended
 		c.SetWriteDeadline(time.Now().Add(time.Second))
 		json.NewEncoder(c).Encode(Answer{Status: Status{State: "down", Profile: s.Keeper.Profile.Name()}})
+		leave = func() error { return nil } // its end tells the other side that this process is gone
 	}
 }
 
@@ -301,10 +304,14 @@ func AskUp(ctx context.Context, p *Profile) (Status, error) {
 // AskDown ends the profile's process and waits for it; ErrDown when there is none.
 func AskDown(ctx context.Context, p *Profile) error {
 	c, _, err := ask(ctx, p, doDown)
-	if err == nil {
-		c.Close()
+	if err != nil {
+		return err
 	}
-	return err
+	defer c.Close()
+	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	io.Copy(io.Discard, c)
+	return ctx.Err()
 }
 
 // Hold keeps a tunnel up that was raised with Held, until the result is closed; ErrDown when there is none.

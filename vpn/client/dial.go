@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -170,9 +169,8 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	results := make(chan dialed)
-	var hopeless atomic.Bool // all knocks are out, and connects still fail
+	spent := make(chan struct{}) // closed when all knocks are out, and have had time to open
 	go func() {
-		defer hopeless.Store(true)
 		dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))}
 		attempt := func() {
 			conn, err := dialer.DialContext(ctx, "tcp", to.String())
@@ -189,20 +187,25 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 		if noToken == nil || len(d.Profile.typed.sequence) == 0 {
 			burst(knocked)
 			sleepUntil(ctx, knocked.Add(patience))
+		} else {
+			go attempt() // the door may be open from before; a packet to the gate disturbs no sequence
 		}
 		if len(d.Profile.typed.sequence) > 0 && ctx.Err() == nil {
 			d.progress("sequence knocked")
 			if knock.Send(ctx, source, to.Addr(), d.Profile.typed.sequence, knock.Gap) == nil {
-				burst(time.Now())
+				knocked = time.Now()
+				burst(knocked)
+				sleepUntil(ctx, knocked.Add(patience))
 			}
 		}
-		hopeless.Store(true)
+		close(spent)
 		for next := time.Now().Add(time.Second); sleepUntil(ctx, next); next = next.Add(time.Second) {
 			go attempt()
 		}
 	}()
 
 	var last error
+	var hopeless <-chan struct{} // of spent, once a connect was refused
 	for {
 		select {
 		case r := <-results:
@@ -213,9 +216,11 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 			if ctx.Err() == nil {
 				last = r.err
 			}
-			if errors.Is(last, syscall.ECONNREFUSED) && hopeless.Load() {
-				return nil, fmt.Errorf("it refuses connections (%w): the knock opened nothing, or the gate is not running: ask the operator", last)
+			if errors.Is(last, syscall.ECONNREFUSED) {
+				hopeless = spent
 			}
+		case <-hopeless:
+			return nil, fmt.Errorf("%w after all knocks: they opened nothing, or the gate is not running: ask the operator", syscall.ECONNREFUSED)
 		case <-ctx.Done():
 			if noToken != nil && len(d.Profile.typed.sequence) == 0 {
 				return nil, noToken

@@ -15,7 +15,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -61,8 +60,17 @@ type typed struct {
 	identity  tls.Certificate
 }
 
-// safeName is what may become a file's name.
-var safeName = regexp.MustCompile(`^[A-Za-z0-9_@+][A-Za-z0-9._@+-]{0,63}$`)
+// safeName says whether s may become a file's name and an argument.
+func safeName(s string) bool {
+	for i := range len(s) {
+		c := s[i] | 0x20 // lower case
+		if !('a' <= c && c <= 'z' || '0' <= s[i] && s[i] <= '9' || strings.IndexByte("_@+", s[i]) >= 0 ||
+			i > 0 && (s[i] == '.' || s[i] == '-')) {
+			return false
+		}
+	}
+	return 0 < len(s) && len(s) <= 64
+}
 
 // Name is the profile's name in lists and on disk: user, or user-device.
 func (p *Profile) Name() string {
@@ -107,10 +115,10 @@ func (p *Profile) decode() error {
 	if p.Version != ProfileVersion {
 		return fmt.Errorf("version = %d: this client reads version %d: update the client, or ask for a new profile", p.Version, ProfileVersion)
 	}
-	if !safeName.MatchString(p.User) {
+	if !safeName(p.User) {
 		return fmt.Errorf("user = %q: want 1 to 64 letters, digits and . _ @ + -, not beginning with . or -", p.User)
 	}
-	if p.Device != "" && !safeName.MatchString(p.Device) {
+	if p.Device != "" && !safeName(p.Device) {
 		return fmt.Errorf("device = %q: want 1 to 64 letters, digits and . _ @ + -, not beginning with . or -", p.Device)
 	}
 	if len(p.Endpoints) == 0 || len(p.Endpoints) > 8 {
@@ -250,7 +258,7 @@ func findProfile(nameOrFile string) (string, error) {
 			return "", err
 		}
 	}
-	if !safeName.MatchString(name) {
+	if !safeName(name) {
 		return "", fmt.Errorf("profile %q: want a name as in `vpn import` printed it, or a file", name)
 	}
 	return filepath.Join(dir, name+".profile"), nil

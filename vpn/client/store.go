@@ -73,7 +73,7 @@ func defaultName(dir string) (string, error) {
 // Use makes the profile of that name the default. It is a file with the name in it and no link, so that it is the same
 // on every system.
 func Use(name string) error {
-	if !safeName.MatchString(name) {
+	if !safeName(name) {
 		return fmt.Errorf("profile %q: want the name of an imported profile", name)
 	}
 	if _, err := LoadProfile(name); err != nil {

@@ -362,7 +362,7 @@ func TestSilentDoorNamesItsLikelyReasons(t *testing.T) {
 	r.profile = parsed(t, p)
 	start := time.Now()
 	_, err = r.open(10 * time.Second)
-	if err == nil || !strings.Contains(err.Error(), "refuses connections") {
+	if err == nil || !strings.Contains(err.Error(), "connection refused after all knocks") {
 		t.Fatalf("error %v", err)
 	}
 	if took := time.Since(start); took > 3*time.Second {

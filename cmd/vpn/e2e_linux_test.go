@@ -1,0 +1,502 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+	"github.com/vishvananda/netlink"
+	"golang.zx2c4.com/wireguard/tun"
+
+	"perimeterd/vpn/client"
+	"perimeterd/vpn/client/clienttest"
+)
+
+// roleVariable makes the test binary play another part: in a network namespace there is one process for each.
+const roleVariable = "PERIMETER_TEST_ROLE"
+
+// Addresses of the two ends.
+const (
+	gateOuter   = "198.18.77.1"
+	clientOuter = "198.18.77.2"
+)
+
+// door lets a source in that has sent a 16-byte datagram to the tunnel's port, or three packets in order.
+const door = `table inet door {
+  set open { type ipv4_addr; flags dynamic,timeout; timeout 60s; }
+  set one { type ipv4_addr; flags dynamic,timeout; timeout 10s; }
+  set two { type ipv4_addr; flags dynamic,timeout; timeout 10s; }
+  chain token { udp dport 1194 udp length 24 add @open { ip saddr } drop; }
+  chain input {
+    type filter hook input priority 0; policy drop;
+    iif lo accept
+    iifname "pvpn*" accept
+    ct state established accept
+    icmp type echo-request accept
+    jump token
+    tcp dport 7102 add @one { ip saddr } drop
+    udp dport 19044 ip saddr @one add @two { ip saddr } drop
+    tcp dport 33127 ip saddr @two add @open { ip saddr } drop
+    ip saddr @open tcp dport 1194 accept
+    ip saddr @open udp dport 1194 accept
+  }
+}
+`
+
+func playRole(role string) {
+	if err := playGate(role); err != nil {
+		fmt.Println("error:", err)
+		os.Exit(1)
+	}
+}
+
+// playGate is the gate's process: it prints profiles' ends, then obeys lines on its standard input.
+func playGate(dir string) error {
+	g, err := clienttest.NewGate()
+	if err != nil {
+		return err
+	}
+	p, err := g.Profile("alice", gateOuter+":1194", 1194, time.Hour, "7102", "19044/udp", "33127")
+	if err != nil {
+		return err
+	}
+	text, err := toml.Marshal(p)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "sent"), text, 0o600); err != nil {
+		return err
+	}
+	in := bufio.NewScanner(os.Stdin)
+	fmt.Println("made")
+	in.Scan() // the network is there
+	t, err := tun.CreateTUN("pvpn0", 1400)
+	if err != nil {
+		return err
+	}
+	link, err := netlink.LinkByName("pvpn0")
+	if err != nil {
+		return err
+	}
+	addr, err := netlink.ParseAddr("10.77.0.1/16")
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(netlink.AddrAdd(link, addr), netlink.LinkSetUp(link)); err != nil {
+		return err
+	}
+	l, err := net.Listen("tcp", ":1194")
+	if err != nil {
+		return err
+	}
+	proxy, err := net.Listen("tcp", "10.77.0.1:3128")
+	if err != nil {
+		return err
+	}
+	go http.Serve(proxy, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintf(w, "%s %s for %s\n", r.Method, r.URL, r.RemoteAddr)
+	}))
+	g.Endpoint = gateOuter + ":1194"
+	ended := make(chan error, 1)
+	go func() { ended <- g.Serve(context.Background(), l, t, "1194") }()
+	fmt.Println("serving")
+	for in.Scan() {
+		g.Lock()
+		switch in.Text() {
+		case "counts":
+			withInitiation := 0
+			for _, r := range g.Requests {
+				if len(r.Initiation) > 0 {
+					withInitiation++
+				}
+			}
+			fmt.Printf("requests=%d initiations=%d ended=%d connections=%d\n", len(g.Requests), withInitiation, len(g.Ended), g.Connections)
+		case "forget":
+			g.Forget()
+			fmt.Println("ok")
+		case "brief":
+			g.Life = 4 * time.Second
+			fmt.Println("ok")
+		case "lasting":
+			g.Life = time.Hour
+			fmt.Println("ok")
+		case "refuse":
+			g.RefuseCert = true
+			fmt.Println("ok")
+		}
+		g.Unlock()
+	}
+	return nil
+}
+
+// world is a client's and a gate's network namespace, gone with the processes in them.
+type world struct {
+	*testing.T
+	gatePID, clientPID int
+	ask                func(string) string
+	bin, config        string
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Fatal("network namespaces and tunnel devices need root: run the tests as root")
+	}
+	w := &world{T: t, bin: t.TempDir(), config: t.TempDir()}
+	build := exec.Command("go", "build", "-o", w.bin+"/", "perimeterd/cmd/vpn", "perimeterd/cmd/knock")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	start := func(cmd *exec.Cmd) int {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+		return cmd.Process.Pid
+	}
+	w.clientPID = start(exec.Command("sleep", "600"))
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	gate := exec.Command(self)
+	gate.Env = append(os.Environ(), roleVariable+"="+w.config)
+	in, _ := gate.StdinPipe()
+	out, _ := gate.StdoutPipe()
+	gate.Stderr = os.Stderr
+	w.gatePID = start(gate)
+	lines := bufio.NewScanner(out)
+	read := func() string { lines.Scan(); return lines.Text() }
+	w.ask = func(s string) string { io.WriteString(in, s+"\n"); return read() }
+	if got := read(); got != "made" {
+		t.Fatal(got)
+	}
+	w.must("ip", "link", "add", "gt0", "netns", fmt.Sprint(w.gatePID), "type", "veth", "peer", "name", "cl0", "netns", fmt.Sprint(w.clientPID))
+	for _, end := range []struct {
+		pid       int
+		dev, addr string
+	}{{w.gatePID, "gt0", gateOuter}, {w.clientPID, "cl0", clientOuter}} {
+		w.in(end.pid, "ip", "addr", "add", end.addr+"/24", "dev", end.dev)
+		w.in(end.pid, "ip", "link", "set", end.dev, "up")
+		w.in(end.pid, "ip", "link", "set", "lo", "up")
+	}
+	nft := exec.Command("nsenter", "-t", fmt.Sprint(w.gatePID), "-n", "nft", "-f", "-")
+	nft.Stdin = strings.NewReader(door)
+	if out, err := nft.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if got := w.ask("network"); got != "serving" {
+		t.Fatal(got)
+	}
+	w.vpn(0, "import", w.config+"/sent")
+	t.Cleanup(func() { w.command("vpn", "down").Run() })
+	return w
+}
+
+func (w *world) must(name string, args ...string) string {
+	w.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		w.Fatalf("%s %v: %v\n%s", name, args, err, out)
+	}
+	return string(out)
+}
+
+func (w *world) in(pid int, args ...string) string {
+	w.Helper()
+	return w.must("nsenter", append([]string{"-t", fmt.Sprint(pid), "-n"}, args...)...)
+}
+
+// command is one of ours, in the client's namespace.
+func (w *world) command(name string, args ...string) *exec.Cmd {
+	cmd := exec.Command("nsenter", append([]string{"-t", fmt.Sprint(w.clientPID), "-n", filepath.Join(w.bin, name)}, args...)...)
+	cmd.Env = append(os.Environ(), "XDG_CONFIG_HOME="+w.config, "XDG_RUNTIME_DIR="+w.config+"/run")
+	return cmd
+}
+
+// run checks the exit status and returns what was said.
+func (w *world) run(status int, name string, args ...string) (stdout, stderr string) {
+	w.Helper()
+	cmd := w.command(name, args...)
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err := cmd.Run()
+	if got := cmd.ProcessState.ExitCode(); got != status {
+		w.Fatalf("%s %v: %v, want status %d\n%s%s", name, args, err, status, out.String(), errs.String())
+	}
+	return out.String(), errs.String()
+}
+
+func (w *world) vpn(status int, args ...string) (stdout, stderr string) {
+	w.Helper()
+	return w.run(status, "vpn", args...)
+}
+
+func (w *world) status() (s client.Status) {
+	w.Helper()
+	cmd := w.command("vpn", "status", "--json")
+	out, _ := cmd.Output()
+	if err := json.Unmarshal(out, &s); err != nil {
+		w.Fatalf("status: %v\n%s", err, out)
+	}
+	return s
+}
+
+// eventually asks until the answer is right.
+func (w *world) eventually(within time.Duration, what string, ok func() bool) {
+	w.Helper()
+	for end := time.Now().Add(within); !ok(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			w.Fatalf("not in %v: %s\nstatus %+v", within, what, w.status())
+		}
+	}
+}
+
+func (w *world) links() string { return w.in(w.clientPID, "ip", "-br", "link", "show") }
+
+// throughProxy is a request that only the tunnel can answer.
+func (w *world) throughProxy() (string, error) {
+	out, err := exec.Command("nsenter", "-t", fmt.Sprint(w.clientPID), "-n", "curl", "-sS", "-m", "3",
+		"-x", "http://10.77.0.1:3128", "http://origin.test/").CombinedOutput()
+	return string(out), err
+}
+
+func TestTunnelFromKnockToDown(t *testing.T) {
+	w := newWorld(t)
+	_, said := w.vpn(0, "up")
+	for _, step := range []string{"knock sent", "gate open", "certificate accepted", "tunnel up", "proxy http://10.77.0.1:3128"} {
+		if !strings.Contains(said, step) {
+			t.Errorf("`vpn up` does not say %q:\n%s", step, said)
+		}
+	}
+	t.Logf("vpn up said:\n%s", said)
+	if got, err := w.throughProxy(); err != nil || !strings.Contains(got, "GET http://origin.test/ for 10.77.0.2:") {
+		t.Fatalf("through the tunnel: %v %q", err, got)
+	}
+	if got := w.ask("counts"); !strings.HasPrefix(got, "requests=1 initiations=1 ended=0") {
+		t.Errorf("gate: %s", got)
+	}
+	w.eventually(3*time.Second, "data confirmed", func() bool { return w.status().Data == client.DataConfirmed })
+	s := w.status()
+	if s.State != client.Up || !s.PostQuantum || s.Address.Addr().String() != "10.77.0.2" || s.PID == 0 {
+		t.Errorf("status %+v", s)
+	}
+	routes := w.in(w.clientPID, "ip", "route", "show", "dev", s.Interface)
+	if strings.TrimSpace(routes) != "10.77.0.1 scope link src 10.77.0.2" {
+		t.Errorf("routes of the tunnel: %q, want the proxy's alone", routes)
+	}
+	if out, _ := w.vpn(0, "env"); !strings.Contains(out, "export https_proxy='http://10.77.0.1:3128'\n") ||
+		!strings.Contains(out, "export NO_PROXY='localhost,127.0.0.1,::1,169.254.169.254,169.254.170.2'\n") {
+		t.Errorf("env:\n%s", out)
+	}
+	// A second up is content with the first.
+	w.vpn(0, "up")
+	if again := w.status(); again.PID != s.PID || again.Session != s.Session {
+		t.Errorf("a second `vpn up` made another: %+v", again)
+	}
+	w.vpn(0, "down")
+	if got := w.ask("counts"); !strings.Contains(got, "ended=1") {
+		t.Errorf("gate after down: %s", got)
+	}
+	if strings.Contains(w.links(), "pvpn") {
+		t.Errorf("after down:\n%s", w.links())
+	}
+	if cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", s.PID)); len(cmdline) > 0 { // a zombie has none
+		t.Error("after down its process is still there")
+	}
+	w.vpn(1, "status")
+}
+
+func TestKilledProcessLeavesNothingThatBlocks(t *testing.T) {
+	w := newWorld(t)
+	for range 2 {
+		w.vpn(0, "up")
+		s := w.status()
+		if err := syscall.Kill(s.PID, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		w.eventually(3*time.Second, "the interface gone", func() bool { return !strings.Contains(w.links(), "pvpn") })
+		w.vpn(1, "status")
+	}
+	w.vpn(0, "up")
+	if got, err := w.throughProxy(); err != nil {
+		t.Errorf("%v %q", err, got)
+	}
+	w.vpn(0, "down")
+}
+
+func TestExecLastsAsLongAsItsCommands(t *testing.T) {
+	w := newWorld(t)
+	out, _ := w.vpn(7, "exec", "--", "sh", "-c", `echo $https_proxy; curl -sS -m 3 http://origin.test/; exit 7`)
+	if !strings.HasPrefix(out, "http://10.77.0.1:3128\nGET http://origin.test/ for 10.77.0.") {
+		t.Errorf("exec printed %q", out)
+	}
+	w.eventually(3*time.Second, "the tunnel down after its command", func() bool { return w.status().State == "down" })
+
+	// Two share one tunnel; the first to end does not take it from the other.
+	long := w.command("vpn", "exec", "--", "sh", "-c", "sleep 2; curl -sS -m 3 http://origin.test/")
+	var said bytes.Buffer
+	long.Stdout, long.Stderr = &said, &said
+	if err := long.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w.vpn(0, "exec", "--", "true")
+	if err := long.Wait(); err != nil || !strings.Contains(said.String(), "GET http://origin.test/") {
+		t.Errorf("the longer one: %v %s", err, said.String())
+	}
+	w.eventually(3*time.Second, "the tunnel down after both", func() bool { return w.status().State == "down" })
+
+	// One that was up already stays.
+	w.vpn(0, "up")
+	w.vpn(0, "exec", "--", "true")
+	time.Sleep(300 * time.Millisecond)
+	if s := w.status(); s.State != client.Up {
+		t.Errorf("exec took down a tunnel that it found up: %+v", s)
+	}
+	w.vpn(0, "down")
+
+	// A signal reaches the command, and its death is ours.
+	cmd := w.command("vpn", "exec", "--", "sh", "-c", `trap 'echo caught; exit 9' TERM; echo ready; while :; do sleep 0.05; done`)
+	pipe, _ := cmd.StdoutPipe()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(pipe)
+	lines.Scan()
+	cmd.Process.Signal(syscall.SIGTERM)
+	lines.Scan()
+	cmd.Wait()
+	if lines.Text() != "caught" || cmd.ProcessState.ExitCode() != 9 {
+		t.Errorf("after SIGTERM: %q, %v", lines.Text(), cmd.ProcessState)
+	}
+	cmd = w.command("vpn", "exec", "--", "sh", "-c", "kill -KILL $$")
+	cmd.Run()
+	if ws := cmd.ProcessState.Sys().(syscall.WaitStatus); !ws.Signaled() || ws.Signal() != syscall.SIGKILL {
+		t.Errorf("its command was killed, and it: %v", cmd.ProcessState)
+	}
+}
+
+func TestSequenceOpensWhereTheTokenIsLost(t *testing.T) {
+	w := newWorld(t)
+	w.in(w.gatePID, "nft", "flush chain inet door token") // as a network that swallows UDP would
+	out, _ := w.run(0, "knock")
+	if !strings.HasPrefix(out, "open, 60 s (") {
+		t.Errorf("knock printed %q", out)
+	}
+	w.in(w.gatePID, "nft", "flush set inet door open; flush set inet door one; flush set inet door two")
+	_, said := w.vpn(0, "up")
+	if !strings.Contains(said, "sequence knocked") {
+		t.Errorf("vpn up said:\n%s", said)
+	}
+	w.vpn(0, "down")
+}
+
+func TestKnockSpeaksKnockd(t *testing.T) {
+	w := newWorld(t)
+	w.in(w.gatePID, "nft", "flush chain inet door token")
+	out, _ := w.run(0, "knock", "-v", gateOuter, "7102", "19044:udp", "33127:tcp")
+	if want := "hitting tcp 198.18.77.1:7102\nhitting udp 198.18.77.1:19044\nhitting tcp 198.18.77.1:33127\n"; out != want {
+		t.Errorf("printed %q, want %q", out, want)
+	}
+	if open := w.in(w.gatePID, "nft", "list set inet door open"); !strings.Contains(open, clientOuter) {
+		t.Errorf("the door is not open: %s", open)
+	}
+	w.in(w.gatePID, "nft", "flush set inet door open")
+	w.run(0, "knock", "-u", "-d", "20", "-4", gateOuter, "7102:tcp", "19044", "33127:tcp")
+	if open := w.in(w.gatePID, "nft", "list set inet door open"); !strings.Contains(open, clientOuter) {
+		t.Errorf("-u: the door is not open: %s", open)
+	}
+}
+
+func TestKnockSaysWhyItIsNotOpen(t *testing.T) {
+	w := newWorld(t)
+	w.in(w.gatePID, "nft", "insert rule inet door input ip saddr "+clientOuter+" drop")
+	_, said := w.run(1, "knock", "--timeout", "1500ms")
+	for _, reason := range []string{"no answer after a token to UDP port 1194", "and the sequence", "clock may be off", "revoked"} {
+		if !strings.Contains(said, reason) {
+			t.Errorf("knock does not say %q: %s", reason, said)
+		}
+	}
+}
+
+func TestTunnelSurvivesAGateThatForgot(t *testing.T) {
+	w := newWorld(t)
+	w.vpn(0, "up")
+	first := w.status().Session
+	w.ask("forget")
+	// Only what is sent finds out; WireGuard itself waits 15 s for an answer before it asks.
+	deadline := time.Now().Add(60 * time.Second)
+	for time.Now().Before(deadline) {
+		if got, err := w.throughProxy(); err == nil {
+			if s := w.status(); s.Session == first {
+				t.Errorf("the forgotten session answers: %q", got)
+			}
+			w.vpn(0, "down")
+			return
+		}
+	}
+	t.Fatalf("no new session in a minute: %+v", w.status())
+}
+
+func TestRenewedBeforeItsEnd(t *testing.T) {
+	w := newWorld(t)
+	w.ask("brief")
+	w.vpn(0, "up")
+	first := w.status()
+	w.ask("lasting")
+	w.eventually(6*time.Second, "another session", func() bool { return w.status().Session != first.Session })
+	if w.status().Expires.Before(first.Expires) {
+		t.Error("the new session ends before the old")
+	}
+	if got, err := w.throughProxy(); err != nil {
+		t.Errorf("%v %q", err, got)
+	}
+	if got := w.ask("counts"); !strings.Contains(got, "ended=1") {
+		t.Errorf("gate: %s: the old session was not ended", got)
+	}
+	if n := strings.Count(w.links(), "pvpn"); n != 1 {
+		t.Errorf("%d tunnel interfaces:\n%s", n, w.links())
+	}
+	w.vpn(0, "down")
+}
+
+func TestRevokedCertificateIsSaidAndNothingIsLeft(t *testing.T) {
+	w := newWorld(t)
+	w.ask("refuse")
+	_, said := w.vpn(1, "up")
+	if !strings.Contains(said, "revoked, or its user is unknown") {
+		t.Errorf("vpn up said:\n%s", said)
+	}
+	if strings.Contains(w.links(), "pvpn") {
+		t.Errorf("left behind:\n%s", w.links())
+	}
+	_, said = w.vpn(125, "exec", "--", "true")
+	if !strings.Contains(said, "true was not run") {
+		t.Errorf("exec said:\n%s", said)
+	}
+}
+
+func TestBlockedUDPShowsInStatus(t *testing.T) {
+	w := newWorld(t)
+	// Tokens pass, WireGuard's own datagrams do not.
+	w.in(w.gatePID, "nft", "insert rule inet door input udp dport 1194 udp length != 24 drop")
+	w.vpn(0, "up")
+	w.eventually(4*time.Second, "status says so", func() bool { return w.status().Data == client.DataBlocked })
+	w.vpn(0, "down")
+}
