@@ -7,7 +7,7 @@ SHELL := /bin/bash
 GO ?= go
 
 DEMO_TOOLS := nft:nftables ip:iproute2 curl:curl nmap:nmap
-TEST_TOOLS := $(DEMO_TOOLS) gcc:gcc knock:knockd tcpdump:tcpdump wg:wireguard-tools
+TEST_TOOLS := $(DEMO_TOOLS) gcc:gcc knock:knockd wg:wireguard-tools wireguard-go:wireguard-go
 UNIT := $(GO) list ./... | grep -v internal/lab/e2e
 
 .PHONY: build demo test lint unit e2e fuzz bench clean demo-tools test-tools

@@ -23,6 +23,8 @@ type Firewall struct {
 	netns int // file descriptor of a network namespace; 0: the thread's own
 
 	mu      sync.Mutex
+	nft     *nftables.Conn // on the socket nl; nil when closed
+	nl      *netlink.Conn
 	cfg     Config
 	applied bool
 	state   mirror
@@ -45,7 +47,7 @@ func (f *Firewall) Apply(cfg Config) (fresh bool, err error) {
 	if cfg.Mode != Guard {
 		return false, fmt.Errorf("firewall.mode %q: this version knows %q only", cfg.Mode, Guard)
 	}
-	if fresh, err = f.absent(); err != nil {
+	if fresh, err = f.absentLocked(); err != nil {
 		return false, err
 	}
 	if !fresh && !f.applied {
@@ -60,11 +62,49 @@ func (f *Firewall) Apply(cfg Config) (fresh bool, err error) {
 	return fresh, f.rememberLocked()
 }
 
-func (f *Firewall) conn() (*nftables.Conn, error) { return nftables.New(nftables.WithNetNSFd(f.netns)) }
+// connLocked is the one socket for everything. It stays open: closing a netfilter socket waits until the kernel has freed
+// what the last commit took out, some 14 ms, while a commit itself takes 0.1 ms.
+func (f *Firewall) connLocked() (*nftables.Conn, error) {
+	if f.nft != nil {
+		return f.nft, nil
+	}
+	c, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(f.netns), nftables.WithSockOptions(func(nl *netlink.Conn) error {
+		f.nl = nl
+		return nil
+	}))
+	if err != nil {
+		return nil, fmt.Errorf("netlink socket to nftables: %w", err)
+	}
+	f.nft = c
+	return c, nil
+}
+
+// dropLocked forgets the socket, with whatever is queued to be sent on it or to be read from it.
+func (f *Firewall) dropLocked() {
+	if f.nft != nil {
+		f.nft.CloseLasting()
+		f.nft, f.nl = nil, nil
+	}
+}
+
+// commitLocked sends what build queues as one batch, which the kernel takes whole or not at all.
+func (f *Firewall) commitLocked(build func(*nftables.Conn) error) error {
+	c, err := f.connLocked()
+	if err != nil {
+		return err
+	}
+	if err = build(c); err == nil {
+		err = c.Flush()
+	}
+	if err != nil {
+		f.dropLocked()
+	}
+	return err
+}
 
 // absent tells whether the kernel has no such table.
-func (f *Firewall) absent() (bool, error) {
-	c, err := f.conn()
+func (f *Firewall) absentLocked() (bool, error) {
+	c, err := f.connLocked()
 	if err != nil {
 		return false, err
 	}
@@ -76,23 +116,19 @@ func (f *Firewall) absent() (bool, error) {
 }
 
 func (f *Firewall) applyLocked(cfg Config) error {
-	if err := f.tokenSets(); err != nil {
+	if err := f.tokenSetsLocked(); err != nil {
 		return fmt.Errorf("create table inet %s: %w", TableName, err)
 	}
-	c, err := f.conn()
+	err := f.commitLocked(func(c *nftables.Conn) error {
+		b := &builder{conn: c, table: newTable(), sets: map[string]*nftables.Set{}, names: map[string]*nftables.Chain{}}
+		c.AddTable(b.table)
+		c.FlushTable(b.table)
+		b.declare()
+		b.build(cfg)
+		b.fill(cfg)
+		return b.err
+	})
 	if err != nil {
-		return err
-	}
-	b := &builder{conn: c, table: newTable(), sets: map[string]*nftables.Set{}, names: map[string]*nftables.Chain{}}
-	c.AddTable(b.table)
-	c.FlushTable(b.table)
-	b.declare()
-	b.build(cfg)
-	b.fill(cfg)
-	if b.err != nil {
-		return fmt.Errorf("build table inet %s: %w", TableName, b.err)
-	}
-	if err := c.Flush(); err != nil {
 		return fmt.Errorf("apply table inet %s: %w", TableName, err)
 	}
 	return nil
@@ -140,12 +176,10 @@ const chunk = 1000
 
 // tokenSets creates table, tokens and spent with what nft calls typeof. The library cannot say it, and without it a
 // listing of the table would not load again.
-func (f *Firewall) tokenSets() error {
-	c, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: f.netns})
-	if err != nil {
+func (f *Firewall) tokenSetsLocked() error {
+	if _, err := f.connLocked(); err != nil {
 		return err
 	}
-	defer c.Close()
 	family := []byte{unix.NFPROTO_INET, unix.NFNETLINK_V0, 0, 0}
 	batch := []byte{unix.NFPROTO_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES}
 	message := func(kind int, a []netlink.Attribute) (netlink.Message, error) {
@@ -164,15 +198,16 @@ func (f *Firewall) tokenSets() error {
 	}
 	begin := netlink.Message{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_BEGIN, Flags: netlink.Request}, Data: batch}
 	end := netlink.Message{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_END, Flags: netlink.Request}, Data: batch}
-	if _, err := c.SendMessages([]netlink.Message{begin, table, tokens, spent, end}); err != nil {
-		return err
-	}
+	_, err := f.nl.SendMessages([]netlink.Message{begin, table, tokens, spent, end})
 	for range 3 {
-		if _, err := c.Receive(); err != nil {
-			return err
+		if err == nil {
+			_, err = f.nl.Receive()
 		}
 	}
-	return nil
+	if err != nil {
+		f.dropLocked()
+	}
+	return err
 }
 
 func rawSet(name string, id, flags uint32, timeout time.Duration, isMap bool) []netlink.Attribute {

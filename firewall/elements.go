@@ -77,14 +77,8 @@ func (f *Firewall) change(note func(), batch func(c *nftables.Conn, now time.Tim
 	if !f.applied {
 		return ErrNotApplied
 	}
-	c, err := f.conn()
-	if err != nil {
-		return err
-	}
-	if err := batch(c, time.Now()); err != nil {
-		return err
-	}
-	if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+	err := f.commitLocked(func(c *nftables.Conn) error { return batch(c, time.Now()) })
+	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("change table inet %s: %w", TableName, err)
 	}
 	note()
@@ -130,10 +124,10 @@ func (f *Firewall) AddTokens(list []Token) error {
 	for _, t := range list {
 		f.state.tokens[t.Token] = loaded{t.Credential, t.Expires}
 	}
-	return f.writeTokens(list, now)
+	return f.writeTokensLocked(list, now)
 }
 
-func (f *Firewall) writeTokens(list []Token, now time.Time) error {
+func (f *Firewall) writeTokensLocked(list []Token, now time.Time) error {
 	for part := range slices.Chunk(list, chunk) {
 		elements := make([]nftables.SetElement, 0, len(part))
 		for _, t := range part {
@@ -141,26 +135,20 @@ func (f *Firewall) writeTokens(list []Token, now time.Time) error {
 				elements = append(elements, nftables.SetElement{Key: t.Token[:], Val: native.PutUint32(t.Credential), Timeout: life})
 			}
 		}
-		if err := f.send("tokens", elements); err != nil {
+		if err := f.sendLocked("tokens", elements); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// send adds elements in a commit of their own.
-func (f *Firewall) send(set string, elements []nftables.SetElement) error {
+// sendLocked adds elements in a commit of their own.
+func (f *Firewall) sendLocked(set string, elements []nftables.SetElement) error {
 	if len(elements) == 0 {
 		return nil
 	}
-	c, err := f.conn()
+	err := f.commitLocked(func(c *nftables.Conn) error { return c.SetAddElements(named(set), elements) })
 	if err != nil {
-		return err
-	}
-	if err := c.SetAddElements(named(set), elements); err != nil {
-		return err
-	}
-	if err := c.Flush(); err != nil {
 		return fmt.Errorf("add %d elements to set %s of table inet %s: %w", len(elements), set, TableName, err)
 	}
 	return nil
@@ -177,7 +165,7 @@ func (f *Firewall) FlushTokens() error {
 // Close ends everything that a credential holds at the door: its tokens and its windows.
 func (f *Firewall) Close(credential uint32) error {
 	f.mu.Lock()
-	windows, err := f.readWindows(time.Now())
+	windows, err := f.readWindowsLocked(time.Now())
 	tokens := maps.Collect(maps.All(f.state.tokens))
 	f.mu.Unlock()
 	if err != nil {

@@ -448,7 +448,7 @@ func TestFlushedRulesetStaysClosedAndComesBack(t *testing.T) {
 	if !r.accepted(r.Stranger) {
 		t.Error("the unspent token did not come back")
 	}
-	if a, err := r.fw.elements("admitted"); err != nil || len(a) != 1 {
+	if a, err := r.fw.elementsLocked("admitted"); err != nil || len(a) != 1 {
 		t.Errorf("admitted after the repair: %v, %v", a, err)
 	}
 	cancel()

@@ -94,9 +94,9 @@ func (m *mirror) prune(now time.Time) {
 	}
 }
 
-// elements of a set of the table, as the kernel has them now.
-func (f *Firewall) elements(set string) ([]nftables.SetElement, error) {
-	c, err := f.conn()
+// elementsLocked are those of a set of the table, as the kernel has them now.
+func (f *Firewall) elementsLocked(set string) ([]nftables.SetElement, error) {
+	c, err := f.connLocked()
 	if err != nil {
 		return nil, err
 	}
@@ -109,14 +109,14 @@ func (f *Firewall) elements(set string) ([]nftables.SetElement, error) {
 
 // readBackLocked fills the mirror from a table that an earlier run left.
 func (f *Firewall) readBackLocked(now time.Time) error {
-	windows, err := f.readWindows(now)
+	windows, err := f.readWindowsLocked(now)
 	if err != nil {
 		return err
 	}
 	for _, w := range windows {
 		f.state.windows[w.key()] = w
 	}
-	spent, err := f.elements("spent")
+	spent, err := f.elementsLocked("spent")
 	if err != nil {
 		return err
 	}
@@ -132,12 +132,12 @@ func (f *Firewall) readBackLocked(now time.Time) error {
 func (f *Firewall) Windows() ([]Window, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.readWindows(time.Now())
+	return f.readWindowsLocked(time.Now())
 }
 
-func (f *Firewall) readWindows(now time.Time) (list []Window, err error) {
+func (f *Firewall) readWindowsLocked(now time.Time) (list []Window, err error) {
 	for _, set := range []string{"open4", "open6", "seq4", "seq6"} {
-		elements, err := f.elements(set)
+		elements, err := f.elementsLocked(set)
 		if err != nil {
 			return nil, err
 		}

@@ -50,11 +50,11 @@ func (f *Firewall) Watch(ctx context.Context) error {
 func (f *Firewall) check() (took time.Duration, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	gen, err := f.generation()
+	gen, err := f.generationLocked()
 	if err != nil || !f.applied || gen == f.gen {
 		return 0, err
 	}
-	now, err := f.fingerprint()
+	now, err := f.fingerprintLocked()
 	if err != nil {
 		return 0, err
 	}
@@ -71,7 +71,7 @@ func (f *Firewall) check() (took time.Duration, err error) {
 
 // repairLocked puts back rules first, which close the door, then spent tokens, then what was open.
 func (f *Firewall) repairLocked(now time.Time) error {
-	absent, err := f.absent()
+	absent, err := f.absentLocked()
 	if err != nil {
 		return err
 	}
@@ -106,7 +106,7 @@ func (f *Firewall) restoreLocked(now time.Time) error {
 	}
 	for set, list := range elements {
 		for part := range slices.Chunk(list, chunk) {
-			if err := f.send(set, part); err != nil {
+			if err := f.sendLocked(set, part); err != nil {
 				return err
 			}
 		}
@@ -124,7 +124,7 @@ func (f *Firewall) restoreLocked(now time.Time) error {
 		spent = append(spent, nftables.SetElement{Key: t[:], Timeout: max(until.Sub(now), time.Second)})
 	}
 	for part := range slices.Chunk(spent, chunk) {
-		if err := f.send("spent", part); err != nil {
+		if err := f.sendLocked("spent", part); err != nil {
 			return err
 		}
 	}
@@ -134,21 +134,21 @@ func (f *Firewall) restoreLocked(now time.Time) error {
 			tokens = append(tokens, Token{t, l.credential, l.expires})
 		}
 	}
-	return f.writeTokens(tokens, now)
+	return f.writeTokensLocked(tokens, now)
 }
 
 // rememberLocked takes the table as it is for the one to keep.
 func (f *Firewall) rememberLocked() (err error) {
-	if f.gen, err = f.generation(); err != nil {
+	if f.gen, err = f.generationLocked(); err != nil {
 		return err
 	}
-	f.print, err = f.fingerprint()
+	f.print, err = f.fingerprintLocked()
 	return err
 }
 
-// generation is the number of commits to the ruleset (linux/netfilter/nf_tables.h: NFT_MSG_GETGEN).
-func (f *Firewall) generation() (uint32, error) {
-	replies, err := f.query(unix.NFT_MSG_GETGEN, 0, nil)
+// generationLocked is the number of commits to the ruleset (linux/netfilter/nf_tables.h: NFT_MSG_GETGEN).
+func (f *Firewall) generationLocked() (uint32, error) {
+	replies, err := f.queryLocked(unix.NFT_MSG_GETGEN, 0)
 	if err != nil {
 		return 0, fmt.Errorf("read the ruleset's generation: %w", err)
 	}
@@ -166,9 +166,9 @@ func (f *Firewall) generation() (uint32, error) {
 	return 0, errors.New("read the ruleset's generation: the kernel's answer has none")
 }
 
-// fingerprint is a digest of chains, rules and set definitions as the kernel writes them, elements and handles left out.
+// fingerprintLocked is a digest of chains, rules and set definitions as the kernel writes them, elements and handles left out.
 // It works on raw attributes: the library drops expressions that it does not know.
-func (f *Firewall) fingerprint() (sum [32]byte, err error) {
+func (f *Firewall) fingerprintLocked() (sum [32]byte, err error) {
 	h := sha256.New()
 	for _, q := range []struct {
 		message, table uint16
@@ -178,7 +178,7 @@ func (f *Firewall) fingerprint() (sum [32]byte, err error) {
 		{unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE, []uint16{unix.NFTA_RULE_CHAIN, unix.NFTA_RULE_EXPRESSIONS}},
 		{unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE, []uint16{unix.NFTA_SET_NAME, unix.NFTA_SET_FLAGS, unix.NFTA_SET_KEY_TYPE, unix.NFTA_SET_KEY_LEN}},
 	} {
-		replies, err := f.query(q.message, netlink.Dump, nil)
+		replies, err := f.queryLocked(q.message, netlink.Dump)
 		if err != nil {
 			return sum, fmt.Errorf("read table inet %s: %w", TableName, err)
 		}
@@ -205,16 +205,18 @@ func (f *Firewall) fingerprint() (sum [32]byte, err error) {
 	return [32]byte(h.Sum(nil)), nil
 }
 
-// query asks nf_tables for something about every table of every family.
-func (f *Firewall) query(message uint16, flags netlink.HeaderFlags, attributes []byte) ([]netlink.Message, error) {
-	c, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: f.netns})
-	if err != nil {
+// queryLocked asks nf_tables for something about every table of every family.
+func (f *Firewall) queryLocked(message uint16, flags netlink.HeaderFlags) ([]netlink.Message, error) {
+	if _, err := f.connLocked(); err != nil {
 		return nil, err
 	}
-	defer c.Close()
-	return c.Execute(netlink.Message{
+	replies, err := f.nl.Execute(netlink.Message{
 		Header: netlink.Header{Type: netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | message), Flags: netlink.Request | flags},
-		Data:   append([]byte{unix.NFPROTO_UNSPEC, unix.NFNETLINK_V0, 0, 0}, attributes...)})
+		Data:   []byte{unix.NFPROTO_UNSPEC, unix.NFNETLINK_V0, 0, 0}})
+	if err != nil {
+		f.dropLocked()
+	}
+	return replies, err
 }
 
 // opened notes an opening, so that a repair brings it back.

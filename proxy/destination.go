@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"golang.org/x/net/idna"
 )
@@ -119,7 +120,7 @@ func canonicalName(s string) (string, error) {
 	// Plain names stay out of IDNA, which refuses some that exist (r3---sn-x.example).
 	if !ascii || strings.Contains(name, "xn--") {
 		var err error
-		if name, err = names.ToASCII(s); err != nil {
+		if name, err = names.ToASCII(s); err != nil || strings.ContainsRune(s, utf8.RuneError) {
 			return "", errors.New("not a domain name in IDNA's terms")
 		}
 	}

@@ -149,7 +149,9 @@ func (p *plain) serve(w http.ResponseWriter, r *http.Request) {
 	x := &exchange{access: a, json: h.json, last: last}
 	x.conn.Store(&countedConn{Conn: t.server, up: &t.up, down: &t.down})
 	defer func() {
-		if x.broken {
+		if r.Context().Err() != nil {
+			l.end(ClientReset)
+		} else if x.broken {
 			l.end(ServerReset) // a chunked answer would otherwise look whole
 		}
 		l.detach()

@@ -159,7 +159,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	observing, operating := make(chan struct{}), make(chan struct{})
 	g.Go(func() error {
 		return door.Observe(ctx, table.LogGroup, observing, func(o firewall.Opening) {
-			log.Info("window opened", "user", names.name(o.Credential), "source", o.Source, "sequence", o.Sequence, "for", table.Window)
+			log.Info("window opened", "user", names.name(o.Credential), "source", o.Source, "sequence", o.Sequence, "for", table.Window.String())
 		})
 	})
 	g.Go(func() error { return door.Watch(ctx) })

@@ -96,6 +96,10 @@ func (g *Gate) post(w http.ResponseWriter, r *http.Request, id identity.Identity
 	if err != nil {
 		return err
 	}
+	// A revocation that came between the check and the session found no session to end.
+	if _, err := g.verifier.Identify(*r.TLS); err != nil {
+		return errors.Join(err, g.store.End(s.ID, session.Revoked))
+	}
 	reply := g.reply(s)
 	reply.PresharedKey = s.PresharedKey[:]
 	if len(req.Initiation) != 0 {

@@ -1,0 +1,186 @@
+package proxy
+
+import (
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// rawPair is a client and a server of bare descriptors: what these benchmarks count of Go's memory is the proxy's alone.
+type rawPair struct {
+	client int
+	proxy  unix.SockaddrInet4
+	origin int
+	ask    []byte
+}
+
+func newRawPair(b testing.TB, l *lab) *rawPair {
+	p := &rawPair{}
+	at := netip.MustParseAddrPort(l.addr)
+	p.proxy = unix.SockaddrInet4{Port: int(at.Port()), Addr: at.Addr().As4()}
+	var err error
+	outside(func() {
+		if p.origin, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err == nil {
+			if err = unix.Bind(p.origin, &unix.SockaddrInet4{Addr: netip.MustParseAddr(outsideHost).As4()}); err == nil {
+				err = unix.Listen(p.origin, 4096)
+			}
+		}
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { unix.Close(p.origin) })
+	name, err := unix.Getsockname(p.origin)
+	if err != nil {
+		b.Fatal(err)
+	}
+	host := net.TCPAddr{IP: net.ParseIP(outsideHost), Port: name.(*unix.SockaddrInet4).Port}
+	p.ask = []byte("CONNECT " + host.String() + " HTTP/1.1\r\nHost: " + host.String() + "\r\nUser-Agent: aws-cli/2.17 md/awscrt#0.20\r\nProxy-Connection: Keep-Alive\r\n\r\n")
+	return p
+}
+
+func (p *rawPair) open(b testing.TB) (client, server int) {
+	var buf [256]byte
+	client, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err == nil {
+		err = unix.SetsockoptInt(client, unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
+	}
+	if err == nil {
+		err = unix.Bind(client, &unix.SockaddrInet4{Addr: [4]byte{10, 77, 0, 2}})
+	}
+	if err == nil {
+		err = unix.Connect(client, &p.proxy)
+	}
+	if err == nil {
+		_, err = unix.Write(client, p.ask)
+	}
+	if err == nil {
+		server, _, err = unix.Accept4(p.origin, unix.SOCK_CLOEXEC)
+	}
+	n := 0
+	if err == nil {
+		n, err = unix.Read(client, buf[:])
+	}
+	if err != nil || n < 12 || string(buf[9:12]) != "200" {
+		b.Fatalf("%v: %s", err, buf[:n])
+	}
+	return client, server
+}
+
+func cpu() time.Duration {
+	var u unix.Rusage
+	unix.Getrusage(unix.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+func quietLab(b testing.TB) *lab {
+	cfg := openConfig()
+	cfg.PerUserConnections = 1 << 20
+	l := startLab(b, cfg)
+	l.Server.log = slog.New(slog.NewJSONHandler(io.Discard, nil))
+	l.Server.watch.Store(nil)
+	return l
+}
+
+// BenchmarkConnect opens a tunnel, exchanges a byte each way, and closes it. CPU includes the client's and server's calls.
+func BenchmarkConnect(b *testing.B) {
+	l := quietLab(b)
+	p := newRawPair(b, l)
+	b.ReportAllocs()
+	began := cpu()
+	for b.Loop() {
+		c, s := p.open(b)
+		var buf [1]byte
+		unix.Write(c, buf[:])
+		unix.Read(s, buf[:])
+		unix.Write(s, buf[:])
+		unix.Read(c, buf[:])
+		unix.Close(c)
+		unix.Read(s, buf[:])
+		unix.Close(s)
+	}
+	b.ReportMetric(float64((cpu()-began).Microseconds())/float64(b.N), "cpu-µs/op")
+}
+
+// BenchmarkRelay moves bytes down one tunnel in pieces.
+func BenchmarkRelay(b *testing.B) {
+	for _, size := range []int{100, 16 << 10, 1 << 20} {
+		b.Run(map[int]string{100: "100B", 16 << 10: "16KB", 1 << 20: "1MB"}[size], func(b *testing.B) {
+			l := quietLab(b)
+			p := newRawPair(b, l)
+			c, s := p.open(b)
+			defer unix.Close(c)
+			defer unix.Close(s)
+			b.ReportAllocs()
+			b.SetBytes(int64(size))
+			out, in := make([]byte, size), make([]byte, size)
+			began := cpu()
+			for b.Loop() {
+				go func() {
+					for sent := 0; sent < size; {
+						n, err := unix.Write(s, out[sent:])
+						if err != nil {
+							return
+						}
+						sent += n
+					}
+				}()
+				for got := 0; got < size; {
+					n, err := unix.Read(c, in)
+					if err != nil || n == 0 {
+						b.Fatal(n, err)
+					}
+					got += n
+				}
+			}
+			b.ReportMetric((cpu()-began).Seconds()/(float64(b.N)*float64(size)/1e9), "cpu-s/GB")
+		})
+	}
+}
+
+// TestIdleTunnelsAreCheap holds two thousand of them.
+func TestIdleTunnelsAreCheap(t *testing.T) {
+	const tunnels = 2000
+	l := quietLab(t)
+	p := newRawPair(t, l)
+	files := func() int {
+		entries, _ := os.ReadDir("/proc/self/fd")
+		return len(entries)
+	}
+	memory := func() uint64 {
+		runtime.GC()
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapInuse + m.StackInuse
+	}
+	c, s := p.open(t)
+	defer unix.Close(c)
+	defer unix.Close(s)
+	m, f := memory(), files()
+	for range tunnels {
+		c, s := p.open(t)
+		defer unix.Close(c)
+		defer unix.Close(s)
+		var buf [1]byte
+		unix.Write(c, buf[:]) // used once, then silent
+		unix.Read(s, buf[:])
+	}
+	time.Sleep(100 * time.Millisecond)
+	each := float64(memory()-m) / tunnels / 1024
+	fds := float64(files()-f)/tunnels - 2 // the test's own two
+	t.Logf("%.1f KB and %.2f descriptors a tunnel", each, fds)
+	if limit := 8.0; each > limit && !raceEnabled {
+		t.Errorf("%.1f KB a tunnel, more than %v", each, limit)
+	}
+	if fds > 2.05 {
+		t.Errorf("%.2f descriptors a tunnel, more than 2", fds)
+	}
+}
