@@ -123,6 +123,7 @@ func TestRevokedUserIsOutAtOnce(t *testing.T) {
 		}
 	}
 	// The shared sequence, which follows the token that brings no answer, still opens a window: it hides, no more.
+	s.ok(s.alice.VPN(s.ctx, "down"))
 	before := len(s.daemon.Entries("window opened"))
 	out := s.fails(s.alice.VPN(s.ctx, "up"))
 	if !strings.Contains(out, "revoked") {
