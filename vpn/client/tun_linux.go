@@ -45,11 +45,10 @@ func (d *systemTUN) Configure(address, proxy netip.Addr, mtu int, takeOver bool)
 	if err != nil {
 		return err
 	}
-	iface, err := net.InterfaceByName(name)
+	link, err := netlink.LinkByName(name)
 	if err != nil {
 		return fmt.Errorf("tunnel device %s: %w", name, err)
 	}
-	link := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: name, Index: iface.Index}}
 	if err := netlink.LinkSetMTU(link, mtu); err != nil {
 		return fmt.Errorf("tunnel device %s: MTU %d: %w", name, mtu, err)
 	}
@@ -60,7 +59,7 @@ func (d *systemTUN) Configure(address, proxy netip.Addr, mtu int, takeOver bool)
 		return fmt.Errorf("tunnel device %s: address %v: %w", name, address, err)
 	}
 	d.address = address
-	route := &netlink.Route{LinkIndex: iface.Index, Dst: host(proxy), Src: address.AsSlice(), Scope: netlink.SCOPE_LINK}
+	route := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: host(proxy), Src: address.AsSlice(), Scope: netlink.SCOPE_LINK}
 	set := netlink.RouteAdd
 	if takeOver {
 		set = netlink.RouteReplace
