@@ -1,7 +1,6 @@
 package firewall
 
 import (
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -27,6 +26,8 @@ type Firewall struct {
 	nl      *netlink.Conn
 	cfg     Config
 	applied bool
+	plain   bool // never own the table
+	owned   bool // the table is owned by the socket nl, and outlives it
 	state   mirror
 	print   [32]byte // of the table as last applied
 	gen     uint32   // ruleset generation at which print was last seen to hold
@@ -47,12 +48,20 @@ func (f *Firewall) Apply(cfg Config) (fresh bool, err error) {
 	if cfg.Mode != Guard {
 		return false, fmt.Errorf("firewall.mode %q: this version knows %q only", cfg.Mode, Guard)
 	}
-	if fresh, err = f.absentLocked(); err != nil {
+	if fresh, err = f.claimLocked(); err != nil {
 		return false, err
 	}
 	if !fresh && !f.applied {
-		if err := f.readBackLocked(time.Now()); err != nil {
+		ours, err := f.hasSetsLocked()
+		switch {
+		case err != nil:
 			return false, err
+		case !ours: // a table of our name that another tool made or emptied: what was spent is not known
+			fresh = true
+		default:
+			if err := f.readBackLocked(time.Now()); err != nil {
+				return false, err
+			}
 		}
 	}
 	if err := f.applyLocked(cfg); err != nil {
@@ -76,6 +85,13 @@ func (f *Firewall) connLocked() (*nftables.Conn, error) {
 		return nil, fmt.Errorf("netlink socket to nftables: %w", err)
 	}
 	f.nft = c
+	if f.owned {
+		// The old socket's end left the table without an owner.
+		if err := f.batchLocked(newTableMessage(tableOwner | tablePersist)); err != nil {
+			f.dropLocked()
+			return nil, fmt.Errorf("own table inet %s again: %w", TableName, err)
+		}
+	}
 	return c, nil
 }
 
@@ -102,27 +118,31 @@ func (f *Firewall) commitLocked(build func(*nftables.Conn) error) error {
 	return err
 }
 
-// absent tells whether the kernel has no such table.
-func (f *Firewall) absentLocked() (bool, error) {
+// hasSetsLocked tells whether the table has the sets that readBackLocked reads.
+func (f *Firewall) hasSetsLocked() (bool, error) {
 	c, err := f.connLocked()
 	if err != nil {
 		return false, err
 	}
-	tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
+	sets, err := c.GetSets(newTable())
 	if err != nil {
-		return false, fmt.Errorf("list nftables tables: %w", err)
+		return false, fmt.Errorf("list the sets of table inet %s: %w", TableName, err)
 	}
-	return !slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == TableName }), nil
+	for _, name := range []string{"open4", "open6", "seq4", "seq6", "spent"} {
+		if !slices.ContainsFunc(sets, func(s *nftables.Set) bool { return s.Name == name }) {
+			return false, nil
+		}
+	}
+	return true, nil
 }
 
 func (f *Firewall) applyLocked(cfg Config) error {
 	if err := f.tokenSetsLocked(); err != nil {
-		return fmt.Errorf("create table inet %s: %w", TableName, err)
+		return fmt.Errorf("create the token sets of table inet %s: %w", TableName, err)
 	}
 	err := f.commitLocked(func(c *nftables.Conn) error {
 		b := &builder{conn: c, table: newTable(), sets: map[string]*nftables.Set{}, names: map[string]*nftables.Chain{}}
-		c.AddTable(b.table)
-		c.FlushTable(b.table)
+		c.FlushTable(b.table) // claimLocked made it; AddTable would say flags 0, and an owned table refuses that
 		b.declare()
 		b.build(cfg)
 		b.fill(cfg)
@@ -174,40 +194,14 @@ func portKey(p knock.Port) []byte {
 // chunk is how many elements go into one message: the library's 16-bit length wraps silently above some 1,400.
 const chunk = 1000
 
-// tokenSets creates table, tokens and spent with what nft calls typeof. The library cannot say it, and without it a
-// listing of the table would not load again.
+// tokenSetsLocked creates tokens and spent with what nft calls typeof. The library cannot say it, and without it a listing
+// of the table would not load again.
 func (f *Firewall) tokenSetsLocked() error {
-	if _, err := f.connLocked(); err != nil {
-		return err
-	}
-	family := []byte{unix.NFPROTO_INET, unix.NFNETLINK_V0, 0, 0}
-	batch := []byte{unix.NFPROTO_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES}
-	message := func(kind int, a []netlink.Attribute) (netlink.Message, error) {
-		data, err := netlink.MarshalAttributes(a)
-		return netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | kind),
-			Flags: netlink.Request | netlink.Create | netlink.Acknowledge}, Data: append(slices.Clone(family), data...)}, err
-	}
-	table, err1 := message(unix.NFT_MSG_NEWTABLE, []netlink.Attribute{
-		{Type: unix.NFTA_TABLE_NAME, Data: []byte(TableName + "\x00")}, {Type: unix.NFTA_TABLE_FLAGS, Data: network.PutUint32(0)}})
-	tokens, err2 := message(unix.NFT_MSG_NEWSET, append(rawSet("tokens", 1, unix.NFT_SET_MAP|unix.NFT_SET_TIMEOUT, tokenTimeout, true),
+	tokens := append(rawSet("tokens", 1, unix.NFT_SET_MAP|unix.NFT_SET_TIMEOUT, tokenTimeout, true),
 		netlink.Attribute{Type: unix.NFTA_SET_DATA_TYPE, Data: network.PutUint32(nftables.TypeMark.GetNFTMagic())},
-		netlink.Attribute{Type: unix.NFTA_SET_DATA_LEN, Data: network.PutUint32(4)}))
-	spent, err3 := message(unix.NFT_MSG_NEWSET, rawSet("spent", 2, unix.NFT_SET_TIMEOUT|unix.NFT_SET_EVAL, spentTimeout, false))
-	if err := errors.Join(err1, err2, err3); err != nil {
-		return err
-	}
-	begin := netlink.Message{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_BEGIN, Flags: netlink.Request}, Data: batch}
-	end := netlink.Message{Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_END, Flags: netlink.Request}, Data: batch}
-	_, err := f.nl.SendMessages([]netlink.Message{begin, table, tokens, spent, end})
-	for range 3 {
-		if err == nil {
-			_, err = f.nl.Receive()
-		}
-	}
-	if err != nil {
-		f.dropLocked()
-	}
-	return err
+		netlink.Attribute{Type: unix.NFTA_SET_DATA_LEN, Data: network.PutUint32(4)})
+	spent := rawSet("spent", 2, unix.NFT_SET_TIMEOUT|unix.NFT_SET_EVAL, spentTimeout, false)
+	return f.batchLocked(rawMessage{unix.NFT_MSG_NEWSET, tokens}, rawMessage{unix.NFT_MSG_NEWSET, spent})
 }
 
 func rawSet(name string, id, flags uint32, timeout time.Duration, isMap bool) []netlink.Attribute {

@@ -29,7 +29,9 @@ type room struct {
 	openings []Opening
 }
 
-func newRoom(t *testing.T, cfg Config) *room {
+func newRoom(t *testing.T, cfg Config) *room { return newRoomWith(t, cfg, false) }
+
+func newRoomWith(t *testing.T, cfg Config, plain bool) *room {
 	t.Helper()
 	r := &room{Lab: lab.Start(t, lab.Options{}), t: t}
 	var fd int
@@ -39,6 +41,7 @@ func newRoom(t *testing.T, cfg Config) *room {
 	})
 	t.Cleanup(func() { unix.Close(fd) })
 	r.fw = New(testLog(t), fd)
+	r.fw.plain = plain
 	if _, err := r.fw.Apply(cfg); err != nil {
 		t.Fatal(err)
 	}
@@ -391,7 +394,7 @@ func TestScansDoNotOpen(t *testing.T) {
 }
 
 func TestFlushedRulesetStaysClosedAndComesBack(t *testing.T) {
-	r := newRoom(t, example())
+	r := newRoomWith(t, example(), true)
 	ctx, cancel := context.WithCancel(t.Context())
 	watched := make(chan error, 1)
 	go func() { watched <- r.fw.Watch(ctx) }()

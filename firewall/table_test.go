@@ -56,9 +56,11 @@ func testLog(t testing.TB) *slog.Logger {
 	return slog.New(slog.NewTextHandler(t.Output(), nil))
 }
 
+// applied makes a plain table: nft lists one with an owner by another head, and may not change it.
 func applied(t *testing.T, cfg Config) *Firewall {
 	t.Helper()
 	f := New(testLog(t), private(t))
+	f.plain = true
 	if fresh, err := f.Apply(cfg); err != nil || !fresh {
 		t.Fatalf("Apply: fresh %v, %v", fresh, err)
 	}

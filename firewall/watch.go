@@ -71,7 +71,7 @@ func (f *Firewall) check() (took time.Duration, err error) {
 
 // repairLocked puts back rules first, which close the door, then spent tokens, then what was open.
 func (f *Firewall) repairLocked(now time.Time) error {
-	absent, err := f.absentLocked()
+	absent, err := f.claimLocked()
 	if err != nil {
 		return err
 	}

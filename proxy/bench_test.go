@@ -164,11 +164,16 @@ func TestIdleTunnelsAreCheap(t *testing.T) {
 	c, s := p.open(t)
 	defer unix.Close(c)
 	defer unix.Close(s)
+	open := make([]int, 0, 2*tunnels)
+	defer func() {
+		for _, fd := range open {
+			unix.Close(fd)
+		}
+	}()
 	m, f := memory(), files()
 	for range tunnels {
 		c, s := p.open(t)
-		defer unix.Close(c)
-		defer unix.Close(s)
+		open = append(open, c, s)
 		var buf [1]byte
 		unix.Write(c, buf[:]) // used once, then silent
 		unix.Read(s, buf[:])

@@ -75,13 +75,15 @@ func (s *Server) open(l *link, h head, a *Access) (*tunnel, error) {
 	case !s.alive(l):
 		return nil, &refusal{reason: NoSession}
 	}
-	q := Request{User: l.session.User, Groups: l.session.Groups, Destination: to, Plain: h.method != "CONNECT"}
+	q := Request{User: l.who.user, Groups: l.who.groups, Destination: to, Plain: h.method != "CONNECT"}
 	l.serve(&q)
 	st := s.state.Load()
 	if a.Decision = st.policy.Decide(q); !a.Decision.Allow {
 		return nil, &refusal{reason: a.Decision.Reason, rule: a.Decision.Rule}
 	}
-	server, verdict, err := s.dialer.dial(l.ctx, st.policy, st.Bind, q)
+	ctx, done := l.dialing()
+	defer done()
+	server, verdict, err := s.dialer.dial(ctx, st.policy, st.Bind, q)
 	if err != nil {
 		return nil, err
 	}

@@ -45,11 +45,9 @@ func newDialer() *dialer {
 	return &dialer{resolver: &net.Resolver{PreferGo: true}}
 }
 
-// dial resolves q's destination once, judges every address, and connects to the first judged one that answers. The error is
+// dial, which ctx limits to dialTimeout, resolves q's destination once, judges every address, and connects to the first judged one that answers. The error is
 // a *refusal. The Decision is the last one taken on an address: in observe mode it may say what would have been refused.
 func (d *dialer) dial(ctx context.Context, p *Policy, bind netip.Addr, q Request) (*net.TCPConn, Decision, error) {
-	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
-	defer cancel()
 	addrs, err := d.resolve(ctx, p, q.Destination)
 	if err != nil {
 		return nil, Decision{}, err

@@ -35,7 +35,7 @@ type Access struct {
 func (s *Server) begin(l *link, method, target string) *Access {
 	a := &Access{
 		ID: rand.Text()[:10], Began: time.Now(),
-		User: l.session.User, Session: l.session.ID, Device: l.session.Device, Source: l.source,
+		User: l.who.user, Session: l.who.session, Device: l.who.device, Source: l.source,
 	}
 	if a.Method = method; !isToken(method) || len(method) > 32 {
 		a.Method = ""

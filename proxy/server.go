@@ -158,15 +158,15 @@ func (s *Server) serve(c *net.TCPConn) {
 // admit ties a connection to the session that holds its address. It returns nil when there is none.
 func (s *Server) admit(c *net.TCPConn) *link {
 	l := &link{source: remote(c), client: c, began: time.Now()}
-	var ok bool
-	if l.session, ok = s.sessions.ByAddress(l.source.Addr()); !ok {
+	holder, ok := s.sessions.ByAddress(l.source.Addr())
+	if !ok {
 		a := s.begin(l, "", "")
 		a.Decision.Reason = NoSession
 		reset(c)
 		s.done(a)
 		return nil
 	}
-	l.ctx, l.cancel = context.WithCancel(context.Background())
+	l.who = identity{session: holder.ID, user: holder.User, device: holder.Device, groups: holder.Groups}
 	n := s.links.add(l)
 	// The session may have ended before the link was there to be found by its end.
 	if !s.alive(l) {
@@ -190,7 +190,7 @@ func (s *Server) admit(c *net.TCPConn) *link {
 // alive reports whether the address still belongs to the session that the link began with.
 func (s *Server) alive(l *link) bool {
 	now, ok := s.sessions.ByAddress(l.source.Addr())
-	return ok && now.ID == l.session.ID
+	return ok && now.ID == l.who.session
 }
 
 // readHead collects and parses the head, which is the first n bytes of src. N is negative when the client went away.

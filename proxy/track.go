@@ -14,19 +14,25 @@ import (
 
 // link is one connection of a client, from accept to its end, and the server's it leads to at the moment.
 type link struct {
-	session session.Session // as it was at accept
-	source  netip.AddrPort
-	client  *net.TCPConn
-	began   time.Time
-	extra   bool            // beyond the user's limit: told so, and closed
-	ctx     context.Context // ends with the link
-	cancel  context.CancelFunc
+	who    identity
+	source netip.AddrPort
+	client *net.TCPConn
+	began  time.Time
+	extra  bool // beyond the user's limit: told so, and closed
 
 	mu      sync.Mutex
+	cancel  context.CancelFunc // of the dial under way
 	server  *net.TCPConn
 	current *Request // being served
 	dialed  netip.Addr
 	ended   Reason
+}
+
+// identity is what a link keeps of its session, as it was at accept.
+type identity struct {
+	session      session.ID
+	user, device string
+	groups       []string
 }
 
 // serve notes the request being served, before it is decided: a reload that comes later finds and judges it.
@@ -34,6 +40,22 @@ func (l *link) serve(q *Request) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.current, l.dialed = q, netip.Addr{}
+}
+
+// dialing returns the context of a dial, which the link's end cancels. Done must be called after.
+func (l *link) dialing() (ctx context.Context, done func()) {
+	ctx, cancel := context.WithTimeout(context.Background(), dialTimeout)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.cancel = cancel; l.ended != "" {
+		cancel()
+	}
+	return ctx, func() {
+		cancel()
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.cancel = nil
+	}
 }
 
 // attach ties the server's connection to the link. It reports false, and resets it, when the link has ended.
@@ -65,8 +87,9 @@ func (l *link) end(why Reason) {
 	if l.ended != "" {
 		return
 	}
-	l.ended = why
-	l.cancel()
+	if l.ended = why; l.cancel != nil {
+		l.cancel()
+	}
 	reset(l.client)
 	if l.server != nil {
 		reset(l.server)
@@ -81,7 +104,6 @@ func (l *link) close() {
 		return
 	}
 	l.ended = Closed
-	l.cancel()
 	l.client.Close()
 	if l.server != nil {
 		l.server.Close()
@@ -152,32 +174,32 @@ func newRegistry() *registry {
 func (r *registry) add(l *link) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	links := r.sessions[l.session.ID]
+	links := r.sessions[l.who.session]
 	if links == nil {
 		links = map[*link]struct{}{}
-		r.sessions[l.session.ID] = links
+		r.sessions[l.who.session] = links
 	}
 	links[l] = struct{}{}
-	r.users[l.session.User]++
+	r.users[l.who.user]++
 	if r.closed != "" {
 		l.end(r.closed)
 	}
-	return r.users[l.session.User]
+	return r.users[l.who.user]
 }
 
 // remove takes out a link whose sockets are closed. Doing it twice is harmless.
 func (r *registry) remove(l *link) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	links := r.sessions[l.session.ID]
+	links := r.sessions[l.who.session]
 	if _, ok := links[l]; !ok {
 		return
 	}
 	if delete(links, l); len(links) == 0 {
-		delete(r.sessions, l.session.ID)
+		delete(r.sessions, l.who.session)
 	}
-	if r.users[l.session.User]--; r.users[l.session.User] == 0 {
-		delete(r.users, l.session.User)
+	if r.users[l.who.user]--; r.users[l.who.user] == 0 {
+		delete(r.users, l.who.user)
 	}
 	r.settleLocked()
 }

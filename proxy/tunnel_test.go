@@ -203,6 +203,13 @@ func TestAStalledBulkTransferHoldsNoPipe(t *testing.T) {
 		c.Write(make([]byte, 20<<20))
 		io.Copy(io.Discard, c)
 	})
+	settle := func() { // Go keeps idle pipes until the second garbage collection
+		for range 3 {
+			runtime.GC()
+			time.Sleep(50 * time.Millisecond)
+		}
+	}
+	settle()
 	before := pipes(t)
 	c := l.tunnel("10.77.0.2", at.String())
 	if _, err := io.ReadFull(c, make([]byte, 20<<20)); err != nil {
@@ -211,12 +218,8 @@ func TestAStalledBulkTransferHoldsNoPipe(t *testing.T) {
 	if pipes(t) == before {
 		t.Error("nothing was spliced")
 	}
-	// Go keeps idle pipes until the second garbage collection; one that a waiting splice holds stays longer.
-	time.Sleep(splicePatience + 300*time.Millisecond)
-	for range 3 {
-		runtime.GC()
-		time.Sleep(50 * time.Millisecond)
-	}
+	time.Sleep(splicePatience + 300*time.Millisecond) // then no splice waits and holds one
+	settle()
 	if after := pipes(t); after > before {
 		t.Errorf("%d pipe ends before, %d after", before, after)
 	}

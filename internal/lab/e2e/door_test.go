@@ -76,6 +76,15 @@ func TestKilledDaemonLeavesTheDoorClosedAndWindowsExpire(t *testing.T) {
 
 func TestFlushedRulesetUnderAProber(t *testing.T) {
 	s := newStage(t, lab.Options{})
+	// A plain table, as on kernels before 6.9: one that another tool made stays plain. An owned one would not be flushed.
+	if err := s.daemon.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	s.daemon.Wait()
+	s.ok(s.Bastion.Command(s.ctx, "nft", "delete table inet perimeterd; add table inet perimeterd"))
+	if err := s.daemon.Start(s.ctx); err != nil {
+		t.Fatal(err)
+	}
 	s.ok(s.alice.VPN(s.ctx, "up"))
 	s.ok(s.curl("https://" + cloudName + "/"))
 	stop := s.probe()
