@@ -94,6 +94,11 @@ func (s *Server) open(l *link, h head, a *Access) (*tunnel, error) {
 	if !l.attach(server) {
 		return nil, &refusal{reason: l.why()}
 	}
+	// A reload during the dial did not know the address yet.
+	if now := s.state.Load(); now != st && !now.policy.DecideAddress(q, a.Dialed.Addr()).Allow {
+		l.end(PolicyChanged)
+		return nil, &refusal{reason: PolicyChanged}
+	}
 	return &tunnel{link: l, server: server}, nil
 }
 

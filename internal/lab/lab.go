@@ -205,6 +205,11 @@ func (l *Lab) build(ctx context.Context, o Options) error {
 			return err
 		}
 	}
+	for _, ns := range []*Namespace{l.Client, l.Bastion, l.Cloud} {
+		if err := ns.awaitAddresses(ctx); err != nil {
+			return err
+		}
+	}
 	if !o.RouteViaBastion {
 		return nil
 	}

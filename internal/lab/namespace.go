@@ -13,8 +13,10 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -210,4 +212,36 @@ func (n *Namespace) ip(ctx context.Context, script string) error {
 		return fmt.Errorf("ip in %s: %w: %s(of the script:\n%s)", n.Name, err, out, script)
 	}
 	return nil
+}
+
+// awaitAddresses returns when no IPv6 address is tentative any more. Even with nodad the kernel takes the flag off in a
+// work queue of its own, and until then nobody can bind to the address.
+func (n *Namespace) awaitAddresses(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	for {
+		var table []byte
+		if err := n.Do(func() (err error) {
+			table, err = os.ReadFile("/proc/thread-self/net/if_inet6")
+			return err
+		}); err != nil {
+			return err
+		}
+		// Address, index, prefix length, scope, flags, device; link-local ones (scope 20) are the kernel's own business.
+		tentative := false
+		for line := range strings.Lines(string(table)) {
+			if f := strings.Fields(line); len(f) == 6 && f[3] == "00" {
+				flags, err := strconv.ParseUint(f[4], 16, 32)
+				tentative = tentative || err != nil || flags&unix.IFA_F_TENTATIVE != 0
+			}
+		}
+		if !tentative {
+			return nil
+		}
+		select {
+		case <-time.After(time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("namespace %s: IPv6 addresses stay tentative: %w\n%s", n.Name, ctx.Err(), table)
+		}
+	}
 }

@@ -88,9 +88,10 @@ func TestFlushedRulesetUnderAProber(t *testing.T) {
 	s.ok(s.alice.VPN(s.ctx, "up"))
 	s.ok(s.curl("https://" + cloudName + "/"))
 	stop := s.probe()
-	for i := range 3 {
+	for range 3 {
 		s.ok(s.Bastion.Command(s.ctx, "nft", "flush", "ruleset"))
-		if _, err := s.daemon.Await(s.ctx, "nftables table was changed by another tool and is repaired", i+1); err != nil {
+		// The first flush takes the table away; what the repair makes in its place is owned, and later ones bounce off.
+		if _, err := s.daemon.Await(s.ctx, "nftables table was changed by another tool and is repaired", 1); err != nil {
 			t.Fatal(err)
 		}
 		s.ok(s.curl("https://" + cloudName + "/"))
