@@ -210,6 +210,11 @@ func (p *parser) config() *Config {
 		Lifetime:           p.duration("proxy.lifetime", r.Proxy.Lifetime, time.Minute, 30*24*time.Hour),
 		PerUserConnections: p.number("proxy.per_user_connections", r.Proxy.PerUserConnections, 1, 1<<20),
 	}
+	for _, public := range c.Egress.Public {
+		if public.IsSingleIP() { // a wider one is shared with hosts that are not this one
+			c.Proxy.Own = append(c.Proxy.Own, public)
+		}
+	}
 	p.oneOf("proxy.mode", r.Proxy.Mode, "enforce", "observe")
 	p.policy(c.Proxy)
 	if b := r.Egress.Bind; b != "" {

@@ -40,7 +40,7 @@ func (f *Firewall) Watch(ctx context.Context) error {
 			f.log.Error("nftables table not repaired", "table", TableName, "err", err)
 		case err == nil && repaired > 0:
 			failed = ""
-			f.log.Warn("nftables table was changed by another tool and is repaired", "table", TableName, "took", repaired)
+			f.log.Warn("nftables table was changed by another tool and is repaired", "table", TableName, "took_ms", float64(repaired.Microseconds())/1000)
 		}
 	}
 }

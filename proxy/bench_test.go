@@ -15,7 +15,6 @@ import (
 
 // rawPair is a client and a server of bare descriptors: what these benchmarks count of Go's memory is the proxy's alone.
 type rawPair struct {
-	client int
 	proxy  unix.SockaddrInet4
 	origin int
 	ask    []byte

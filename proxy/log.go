@@ -72,7 +72,7 @@ func (s *Server) done(a *Access) {
 	if a.Dialed.IsValid() {
 		attrs = append(attrs, slog.String("dialed", a.Dialed.String()), slog.Int64("up", a.Up), slog.Int64("down", a.Down))
 	}
-	attrs = append(attrs, slog.Duration("duration", a.Duration))
+	attrs = append(attrs, slog.Float64("duration_ms", float64(a.Duration.Microseconds())/1000))
 	if a.End != "" {
 		attrs = append(attrs, slog.String("end", string(a.End)))
 	}

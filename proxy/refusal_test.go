@@ -179,7 +179,7 @@ func TestRefusals(t *testing.T) {
 		}
 	}
 	for _, m := range l.lines() {
-		for _, k := range []string{"id", "user", "session", "device", "source", "method", "destination", "decision", "reason", "rule", "status", "duration"} {
+		for _, k := range []string{"id", "user", "session", "device", "source", "method", "destination", "decision", "reason", "rule", "status", "duration_ms"} {
 			if _, ok := m[k]; !ok {
 				t.Fatalf("no %q in %v", k, m)
 			}

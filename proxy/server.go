@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"perimeterd/internal/session"
 )
 
@@ -106,7 +108,8 @@ func (s *Server) accept(ctx context.Context, l net.Listener) error {
 			if ctx.Err() != nil {
 				return nil
 			}
-			if ne := net.Error(nil); !errors.As(err, &ne) || !ne.Temporary() { // out of descriptors, or a connection that is gone
+			// Out of descriptors or memory, or a connection that is gone, passes.
+			if !errors.Is(err, unix.EMFILE) && !errors.Is(err, unix.ENFILE) && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.ENOMEM) && !errors.Is(err, unix.ECONNABORTED) {
 				return fmt.Errorf("proxy: accept: %w", err)
 			}
 			pause = min(max(2*pause, 5*time.Millisecond), time.Second)

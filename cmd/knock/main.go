@@ -64,9 +64,9 @@ func command() *cobra.Command {
 			case len(args) == 0:
 				return o.profileKnock(ctx)
 			case o.profile != "":
-				return errors.New("--profile knows its host: give either it or HOST PORT...")
+				return errors.New("--profile knows its host: give it or HOST and ports, not both")
 			case len(args) == 1:
-				return fmt.Errorf("no ports for %s: knock HOST PORT[:PROTO]...", args[0])
+				return fmt.Errorf("no ports for %s: give them in order, as in knock %s 7102 19044:udp 33127", args[0], args[0])
 			}
 			delay := knock.Gap
 			if c.Flags().Changed("delay") {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 )
 
 // Schema is the version of the state file that this program reads and writes.
@@ -44,7 +45,7 @@ func OpenState(path string) (*bolt.DB, error) {
 		return nil, fmt.Errorf("state file %s: %w", path, err)
 	}
 	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: lockTimeout})
-	if errors.Is(err, bolt.ErrTimeout) {
+	if errors.Is(err, berrors.ErrTimeout) {
 		return nil, fmt.Errorf("state file %s: %w, as a rule the running daemon: "+
 			"ask it through its control socket, or stop it first (systemctl stop perimeterd)", path, ErrStateHeld)
 	}

@@ -141,7 +141,7 @@ func demo(ctx context.Context) error {
 	s.proved("the cloud host saw %v, the one egress address", l.Egress)
 
 	s.title("4. The same from outside")
-	if out, _, err = s.show("curl --max-time 2 https://"+site+"/          (alice's laptop, not through the proxy)",
+	if _, _, err = s.show("curl --max-time 2 https://"+site+"/          (alice's laptop, not through the proxy)",
 		alice.Command(ctx, "curl", "-sS", "--max-time", "2", "--cacert", cloud.CAFile, "--resolve", site+":443:"+l.Cloud.Addr.String(), "https://"+site+"/")); err == nil {
 		return errors.New("it was reached directly")
 	}
@@ -150,7 +150,7 @@ func demo(ctx context.Context) error {
 		return fmt.Errorf("%w: %s", err, out)
 	}
 	outside := stranger.Command(ctx, "curl", "-sS", "--max-time", "2", "-x", "http://10.77.0.1:3128", "https://"+site+"/")
-	if out, _, err = s.show(strings.Replace(typed, "curl", "curl --max-time 2", 1)+"          (a stranger who routes to the proxy)", outside); err == nil {
+	if _, _, err = s.show(strings.Replace(typed, "curl", "curl --max-time 2", 1)+"          (a stranger who routes to the proxy)", outside); err == nil {
 		return errors.New("the stranger was let through")
 	}
 	out, _, err = s.show(fmt.Sprintf("nmap -Pn -n -p 1194 %v          (a stranger, while alice's window is open)", l.Bastion.Addr),
@@ -200,7 +200,7 @@ func timeline(s *stage, alice *lab.User, cloud *lab.CloudHost, knocked time.Dura
 		return err
 	}
 	total := time.Since(start)
-	var connect, tls, first float64
+	var connect, tls, first float64 // seconds
 	if _, err := fmt.Sscan(string(stats), &connect, &tls, &first); err != nil {
 		return fmt.Errorf("curl's times %q: %w", stats, err)
 	}
@@ -220,9 +220,9 @@ func timeline(s *stage, alice *lab.User, cloud *lab.CloudHost, knocked time.Dura
 	}
 	at := func(sec float64) time.Duration { return tunnel + time.Duration(sec*float64(time.Second)) }
 	row("vpn up returned", tunnel)
-	row("curl: proxy answered CONNECT (two round trips: TCP, CONNECT)", at(connect))
-	row("curl: TLS with the cloud host", at(tls))
-	row("curl: first byte of the page", at(first))
+	row("curl: TCP to the proxy", at(connect))
+	row("curl: CONNECT, then TLS with the cloud host: two round trips", at(tls))
+	row("curl: GET, first byte of the page", at(first))
 	fmt.Printf("\n  %sfrom nothing to the first HTTPS byte: %d ms, %.1f round trips%s (each ▪ is a quarter of one; `knock` alone took %d ms)\n",
 		s.bold, total.Milliseconds(), float64(at(first))/float64(2*delay), s.off, knocked.Milliseconds())
 	if out, err := alice.VPN(s.ctx, "down").CombinedOutput(); err != nil {
