@@ -1,6 +1,7 @@
 package firewall
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -29,8 +30,10 @@ type Firewall struct {
 	plain   bool // never own the table
 	owned   bool // the table is owned by the socket nl, and outlives it
 	state   mirror
-	print   [32]byte // of the table as last applied
+	print   [32]byte // of the table as last applied; zero where another tool came between, so that nothing matches it
 	gen     uint32   // ruleset generation at which print was last seen to hold
+	handles [32]byte // of the table and its sets, as last applied
+	restore bool     // what the sets hold is not what the mirror says
 }
 
 // New makes a Firewall; it changes nothing until Apply. Netns is a file descriptor of the network namespace to work in,
@@ -45,8 +48,12 @@ func New(log *slog.Logger, netns int) *Firewall {
 func (f *Firewall) Apply(cfg Config) (fresh bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if cfg.Mode != Guard {
-		return false, fmt.Errorf("firewall.mode %q: this version knows %q only", cfg.Mode, Guard)
+	if f.applied { // what another tool did meanwhile must not be taken for ours
+		_, handles, err := f.fingerprintLocked()
+		if err != nil {
+			return false, err
+		}
+		f.restore = f.restore || handles != f.handles
 	}
 	if fresh, err = f.claimLocked(); err != nil {
 		return false, err
@@ -68,7 +75,7 @@ func (f *Firewall) Apply(cfg Config) (fresh bool, err error) {
 		return false, err
 	}
 	f.cfg, f.applied = cfg, true
-	return fresh, f.rememberLocked()
+	return fresh, nil
 }
 
 // connLocked is the one socket for everything. It stays open: closing a netfilter socket waits until the kernel has freed
@@ -86,10 +93,11 @@ func (f *Firewall) connLocked() (*nftables.Conn, error) {
 	}
 	f.nft = c
 	if f.owned {
-		// The old socket's end left the table without an owner.
-		if err := f.batchLocked(newTableMessage(tableOwner | tablePersist)); err != nil {
-			f.dropLocked()
-			return nil, fmt.Errorf("own table inet %s again: %w", TableName, err)
+		// The old socket's end left the table without an owner, and perhaps it is gone since: then check makes it again.
+		if err := f.batchLocked(newTableMessage(tableOwner|tablePersist, 0)); err != nil {
+			f.owned, f.restore = false, true
+			f.log.Warn("nftables table has no owner for a moment", "table", TableName, "err", err)
+			return f.connLocked()
 		}
 	}
 	return c, nil
@@ -103,19 +111,27 @@ func (f *Firewall) dropLocked() {
 	}
 }
 
-// commitLocked sends what build queues as one batch, which the kernel takes whole or not at all.
+// commitLocked sends what build queues as one batch, which the kernel takes whole or not at all. After a refusal that was
+// read to its end the socket stays, since the table belongs to it.
 func (f *Firewall) commitLocked(build func(*nftables.Conn) error) error {
 	c, err := f.connLocked()
 	if err != nil {
 		return err
 	}
-	if err = build(c); err == nil {
-		err = c.Flush()
+	if err := build(c); err != nil {
+		f.dropLocked() // with the messages that are queued
+		return err
 	}
-	if err != nil {
+	if err := c.Flush(); err != nil {
+		for _, refusal := range []error{unix.EEXIST, unix.ENOENT, unix.EBUSY, unix.EINVAL, unix.EOPNOTSUPP, unix.ENFILE, unix.ENOSPC} {
+			if errors.Is(err, refusal) {
+				return err
+			}
+		}
 		f.dropLocked()
+		return err
 	}
-	return err
+	return nil
 }
 
 // hasSetsLocked tells whether the table has the sets that readBackLocked reads.
@@ -136,22 +152,86 @@ func (f *Firewall) hasSetsLocked() (bool, error) {
 	return true, nil
 }
 
+// applyLocked writes the table, and remembers how it looks then. A table that another tool made under our name may differ
+// in what cannot be changed, as the type of a set or the hook of a chain: then it is made anew, and restore is set.
 func (f *Firewall) applyLocked(cfg Config) error {
-	if err := f.tokenSetsLocked(); err != nil {
-		return fmt.Errorf("create the token sets of table inet %s: %w", TableName, err)
+	err := f.writeLocked(cfg)
+	if errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
+		f.log.Warn("nftables table has parts of another kind and is made anew", "table", TableName, "err", err)
+		if err := f.commitLocked(func(c *nftables.Conn) error { c.DelTable(newTable()); return nil }); err != nil {
+			return fmt.Errorf("delete table inet %s, which is not as it should be: %w", TableName, err)
+		}
+		f.restore = true
+		if _, err := f.claimLocked(); err != nil {
+			return err
+		}
+		err = f.writeLocked(cfg)
 	}
-	err := f.commitLocked(func(c *nftables.Conn) error {
+	if err != nil {
+		return fmt.Errorf("apply table inet %s: %w", TableName, err)
+	}
+	return nil
+}
+
+func (f *Firewall) writeLocked(cfg Config) error {
+	f.print = [32]byte{}
+	if err := f.tokenSetsLocked(); err != nil {
+		return fmt.Errorf("sets of tokens: %w", err)
+	}
+	before, err := f.generationLocked()
+	if err != nil {
+		return err
+	}
+	c, err := f.connLocked()
+	if err != nil {
+		return err
+	}
+	chains, err := c.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return fmt.Errorf("list chains: %w", err)
+	}
+	sets, err := c.GetSets(newTable())
+	if err != nil {
+		return fmt.Errorf("list sets: %w", err)
+	}
+	if err := f.commitLocked(func(c *nftables.Conn) error {
 		b := &builder{conn: c, table: newTable(), sets: map[string]*nftables.Set{}, names: map[string]*nftables.Chain{}}
 		c.FlushTable(b.table) // claimLocked made it; AddTable would say flags 0, and an owned table refuses that
 		b.declare()
 		b.build(cfg)
 		b.fill(cfg)
+		b.clean(chains, sets)
 		return b.err
-	})
+	}); err != nil {
+		return err
+	}
+	// Nothing may have come between this commit and what is remembered of it.
+	print, handles, err := f.fingerprintLocked()
 	if err != nil {
-		return fmt.Errorf("apply table inet %s: %w", TableName, err)
+		return err
+	}
+	after, err := f.generationLocked()
+	if err != nil {
+		return err
+	}
+	if after == before+1 {
+		f.print, f.handles, f.gen = print, handles, after
 	}
 	return nil
+}
+
+// clean takes out chains and sets that are not ours: of an earlier version, or another tool's.
+func (b *builder) clean(chains []*nftables.Chain, sets []*nftables.Set) {
+	for _, c := range chains {
+		if c.Table.Name == TableName && b.names[c.Name] == nil {
+			b.conn.DelChain(&nftables.Chain{Name: c.Name, Table: b.table})
+		}
+	}
+	for _, s := range sets {
+		if !s.Anonymous && b.sets[s.Name] == nil {
+			b.conn.DelSet(&nftables.Set{Name: s.Name, Table: b.table})
+		}
+	}
 }
 
 // fill replaces what the configuration alone decides: the automaton and what the daemon may reach.
@@ -165,14 +245,15 @@ func (b *builder) fill(cfg Config) {
 	for _, p := range ports {
 		portElements = append(portElements, nftables.SetElement{Key: portKey(p)})
 	}
-	for _, p := range cfg.AllowPrivate {
+	private := disjoint(cfg.AllowPrivate)
+	for _, p := range private {
 		if p.Addr().Is4() {
 			reach = append(reach, reachElement(p, 0, anyPort))
 		}
 	}
-	for _, r := range cfg.Reach {
-		covered := slices.ContainsFunc(cfg.AllowPrivate, func(p netip.Prefix) bool { return p.Contains(r.Addr()) })
-		if r.Addr().Is4() && !covered { // overlapping elements are refused
+	for i, r := range cfg.Reach {
+		covered := slices.ContainsFunc(private, func(p netip.Prefix) bool { return p.Contains(r.Addr()) })
+		if r.Addr().Is4() && !covered && !slices.Contains(cfg.Reach[:i], r) {
 			reach = append(reach, reachElement(netip.PrefixFrom(r.Addr(), 32), r.Port(), r.Port()))
 		}
 	}
@@ -184,6 +265,18 @@ func (b *builder) fill(cfg Config) {
 			}
 		}
 	}
+}
+
+// disjoint leaves out networks that lie within another: the kernel refuses elements that overlap.
+func disjoint(list []netip.Prefix) (out []netip.Prefix) {
+	for i, p := range list {
+		p = p.Masked()
+		if !slices.ContainsFunc(list, func(o netip.Prefix) bool { return o.Bits() < p.Bits() && o.Contains(p.Addr()) }) &&
+			!slices.ContainsFunc(list[:i], func(o netip.Prefix) bool { return o.Masked() == p }) {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 // portKey is protocol . port, each padded to 32 bits.
@@ -201,7 +294,7 @@ func (f *Firewall) tokenSetsLocked() error {
 		netlink.Attribute{Type: unix.NFTA_SET_DATA_TYPE, Data: network.PutUint32(nftables.TypeMark.GetNFTMagic())},
 		netlink.Attribute{Type: unix.NFTA_SET_DATA_LEN, Data: network.PutUint32(4)})
 	spent := rawSet("spent", 2, unix.NFT_SET_TIMEOUT|unix.NFT_SET_EVAL, spentTimeout, false)
-	return f.batchLocked(rawMessage{unix.NFT_MSG_NEWSET, tokens}, rawMessage{unix.NFT_MSG_NEWSET, spent})
+	return f.batchLocked(rawMessage{unix.NFT_MSG_NEWSET, netlink.Create, tokens}, rawMessage{unix.NFT_MSG_NEWSET, netlink.Create, spent})
 }
 
 func rawSet(name string, id, flags uint32, timeout time.Duration, isMap bool) []netlink.Attribute {

@@ -71,8 +71,8 @@ func BenchmarkCheckForDrift(b *testing.B) {
 	f := benchFirewall(b)
 	for b.Loop() {
 		f.gen = 0 // as if another tool had changed something
-		if took, err := f.check(); err != nil || took != 0 {
-			b.Fatal(took, err)
+		if r, err := f.check(time.Now(), false); err != nil || r.took != 0 {
+			b.Fatal(r, err)
 		}
 	}
 }

@@ -3,7 +3,6 @@ package firewall
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -78,7 +77,10 @@ func (f *Firewall) change(note func(), batch func(c *nftables.Conn, now time.Tim
 		return ErrNotApplied
 	}
 	err := f.commitLocked(func(c *nftables.Conn) error { return batch(c, time.Now()) })
-	if err != nil && !errors.Is(err, unix.ENOENT) {
+	if errors.Is(err, unix.ENOENT) { // the table is not there: the repair writes what the mirror says
+		f.restore, err = true, nil
+	}
+	if err != nil {
 		return fmt.Errorf("change table inet %s: %w", TableName, err)
 	}
 	note()
@@ -112,7 +114,7 @@ type Token struct {
 	Expires    time.Time
 }
 
-// AddTokens writes tokens, at most chunk in one commit, so that no packet waits long for a lock.
+// AddTokens writes at most chunk tokens in one commit. What is expired by now is left out.
 func (f *Firewall) AddTokens(list []Token) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -120,22 +122,15 @@ func (f *Firewall) AddTokens(list []Token) error {
 		return ErrNotApplied
 	}
 	now := time.Now()
-	f.state.prune(now)
-	for _, t := range list {
-		f.state.tokens[t.Token] = loaded{t.Credential, t.Expires}
-	}
-	return f.writeTokensLocked(list, now)
-}
-
-func (f *Firewall) writeTokensLocked(list []Token, now time.Time) error {
-	for part := range slices.Chunk(list, chunk) {
-		elements := make([]nftables.SetElement, 0, len(part))
-		for _, t := range part {
-			if life := t.Expires.Sub(now); life >= time.Millisecond {
-				elements = append(elements, nftables.SetElement{Key: t.Token[:], Val: native.PutUint32(t.Credential), Timeout: life})
-			}
+	elements := make([]nftables.SetElement, 0, len(list))
+	for i := range list {
+		t := &list[i]
+		if life := t.Expires.Sub(now); life >= time.Millisecond {
+			elements = append(elements, nftables.SetElement{Key: t.Token[:], Val: native.PutUint32(t.Credential), Timeout: life})
 		}
-		if err := f.sendLocked("tokens", elements); err != nil {
+	}
+	for part := range slices.Chunk(elements, chunk) {
+		if err := f.sendLocked("tokens", part); err != nil {
 			return err
 		}
 	}
@@ -156,44 +151,44 @@ func (f *Firewall) sendLocked(set string, elements []nftables.SetElement) error 
 
 // FlushTokens takes all tokens out; those spent stay spent.
 func (f *Firewall) FlushTokens() error {
-	return f.change(func() { clear(f.state.tokens) }, func(c *nftables.Conn, _ time.Time) error {
+	return f.change(func() {}, func(c *nftables.Conn, _ time.Time) error {
 		c.FlushSet(named("tokens"))
 		return nil
 	})
 }
 
-// Close ends everything that a credential holds at the door: its tokens and its windows.
-func (f *Firewall) Close(credential uint32) error {
-	f.mu.Lock()
-	windows, err := f.readWindowsLocked(time.Now())
-	tokens := maps.Collect(maps.All(f.state.tokens))
-	f.mu.Unlock()
-	if err != nil {
-		return err
-	}
+// Close ends everything that a credential holds at the door: the tokens given, which may be there or not, and his windows.
+// Tokens go first, or one could open again what was just closed.
+func (f *Firewall) Close(credential uint32, tokens []knock.Token) error {
 	var errs []error
+	for part := range slices.Chunk(tokens, chunk) {
+		errs = append(errs, f.change(func() {}, func(c *nftables.Conn, _ time.Time) error {
+			for _, t := range part {
+				if err := remove(c, "tokens", nftables.SetElement{Key: t[:], Val: native.PutUint32(credential)}); err != nil {
+					return err
+				}
+			}
+			return nil
+		}))
+	}
+	windows, err := f.Windows()
+	errs = append(errs, err)
 	for _, w := range windows {
 		if w.Credential == credential {
 			errs = append(errs, f.CloseWindow(w))
 		}
 	}
-	for t, l := range tokens {
-		if l.credential == credential {
-			errs = append(errs, f.change(func() { delete(f.state.tokens, t) }, func(c *nftables.Conn, _ time.Time) error {
-				e := nftables.SetElement{Key: t[:], Val: native.PutUint32(l.credential), Timeout: time.Second}
-				if err := c.SetAddElements(named("tokens"), []nftables.SetElement{e}); err != nil {
-					return err
-				}
-				return c.SetDeleteElements(named("tokens"), []nftables.SetElement{{Key: t[:]}})
-			}))
-		}
-	}
 	return errors.Join(errs...)
 }
 
-// CloseWindow ends one window, as Windows listed it. One that is closed already is no error.
+// CloseWindow ends one window, as Windows listed it. One that is closed already is no error, nor one that someone else behind
+// the same address opened meanwhile, which is his.
 func (f *Firewall) CloseWindow(w Window) error {
-	return f.change(func() { delete(f.state.windows, w.key()) }, func(c *nftables.Conn, _ time.Time) error {
+	err := f.change(func() { delete(f.state.windows, w.key()) }, func(c *nftables.Conn, _ time.Time) error {
 		return remove(c, w.set(), nftables.SetElement{Key: w.Source.AsSlice(), Val: native.PutUint32(w.mark())})
 	})
+	if errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EBUSY) {
+		return nil
+	}
+	return err
 }

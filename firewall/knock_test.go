@@ -174,7 +174,7 @@ func TestTokenOpensForItsSourceOnceAndIsObserved(t *testing.T) {
 	if err != nil || len(w) != 1 || w[0].Source != me || w[0].Credential != 42 || time.Until(w[0].Expires) > time.Minute {
 		t.Errorf("windows %+v, %v", w, err)
 	}
-	if err := r.fw.Close(42); err != nil {
+	if err := r.fw.Close(42, nil); err != nil {
 		t.Fatal(err)
 	}
 	if r.accepted(me) {
@@ -239,7 +239,7 @@ func TestDatagramRightBehindTheTokenIsAccepted(t *testing.T) {
 			t.Fatalf("round %d: %q, %v", i, b[:n], err)
 		}
 		c.Close()
-		if err := r.fw.Close(7); err != nil {
+		if err := r.fw.Close(7, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -397,9 +397,17 @@ func TestFlushedRulesetStaysClosedAndComesBack(t *testing.T) {
 	r := newRoomWith(t, example(), true)
 	ctx, cancel := context.WithCancel(t.Context())
 	watched := make(chan error, 1)
-	go func() { watched <- r.fw.Watch(ctx) }()
 	token, second := tok(1), tok(2)
-	r.load(Token{token, 42, soon()}, Token{second, 43, soon()})
+	tokens := []Token{{token, 42, soon()}, {second, 43, soon()}}
+	r.load(tokens...)
+	go func() {
+		watched <- r.fw.Watch(ctx, func(lost bool) error {
+			if lost {
+				t.Error("openings were lost")
+			}
+			return r.fw.AddTokens(tokens)
+		})
+	}()
 	r.send(r.Client.Addr, token[:])
 	if !r.accepted(r.Client.Addr) || len(r.seen()) != 1 {
 		t.Fatal("the token did not open")
@@ -421,6 +429,7 @@ func TestFlushedRulesetStaysClosedAndComesBack(t *testing.T) {
 	go func() { probed <- p.Run(probing) }()
 	for range 4 {
 		time.Sleep(300 * time.Millisecond)
+		// A plain table each time: the one that a repair makes would be owned.
 		out, err := r.Bastion.Command(t.Context(), "nft", "flush", "ruleset").CombinedOutput()
 		if err != nil {
 			t.Fatalf("nft: %v\n%s", err, out)

@@ -50,19 +50,13 @@ type mirror struct {
 	windows  map[windowKey]Window
 	admitted map[netip.Addr]time.Time
 	peers    map[netip.AddrPort]time.Time
-	tokens   map[knock.Token]loaded
 	spent    map[knock.Token]time.Time
-	lost     bool // openings were missed: what is in tokens may have been spent
-}
-
-type loaded struct {
-	credential uint32
-	expires    time.Time
+	lost     bool // openings were missed: any token of these steps may have been spent
 }
 
 func newMirror() mirror {
 	return mirror{map[windowKey]Window{}, map[netip.Addr]time.Time{}, map[netip.AddrPort]time.Time{},
-		map[knock.Token]loaded{}, map[knock.Token]time.Time{}, false}
+		map[knock.Token]time.Time{}, false}
 }
 
 // prune forgets what expired.
@@ -70,11 +64,6 @@ func (m *mirror) prune(now time.Time) {
 	for k, w := range m.windows {
 		if !w.Expires.After(now) {
 			delete(m.windows, k)
-		}
-	}
-	for k, t := range m.tokens {
-		if !t.expires.After(now) {
-			delete(m.tokens, k)
 		}
 	}
 	for k, t := range m.spent {
@@ -133,6 +122,13 @@ func (f *Firewall) Windows() ([]Window, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.readWindowsLocked(time.Now())
+}
+
+// TokenWindow tells whether a source opened a window by token that is open now, as far as the log has told.
+func (f *Firewall) TokenWindow(source netip.Addr) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.state.windows[windowKey{source, false}].Expires.After(time.Now())
 }
 
 func (f *Firewall) readWindowsLocked(now time.Time) (list []Window, err error) {

@@ -67,6 +67,13 @@ func (f *Firewall) Observe(ctx context.Context, group uint16, ready chan<- struc
 	if err != nil {
 		return fmt.Errorf("NFLOG group %d: %w: is another program bound to it? set knock.log_group to a free number", group, err)
 	}
+	// What opened before the log was connected.
+	f.mu.Lock()
+	err = f.readBackLocked(time.Now())
+	f.mu.Unlock()
+	if err != nil {
+		return err
+	}
 	close(ready)
 	select {
 	case <-ctx.Done():

@@ -21,12 +21,13 @@ const (
 // rawMessage is a request to nf_tables that the library cannot make.
 type rawMessage struct {
 	kind       int
+	flags      netlink.HeaderFlags // besides Request and Acknowledge
 	attributes []netlink.Attribute
 }
 
-func newTableMessage(flags uint32) rawMessage {
-	return rawMessage{unix.NFT_MSG_NEWTABLE, []netlink.Attribute{
-		{Type: unix.NFTA_TABLE_NAME, Data: []byte(TableName + "\x00")}, {Type: unix.NFTA_TABLE_FLAGS, Data: network.PutUint32(flags)}}}
+func newTableMessage(table uint32, flags netlink.HeaderFlags) rawMessage {
+	return rawMessage{unix.NFT_MSG_NEWTABLE, flags, []netlink.Attribute{
+		{Type: unix.NFTA_TABLE_NAME, Data: []byte(TableName + "\x00")}, {Type: unix.NFTA_TABLE_FLAGS, Data: network.PutUint32(table)}}}
 }
 
 // batchLocked sends messages as one batch on the open socket.
@@ -45,7 +46,7 @@ func (f *Firewall) batchLocked(messages ...rawMessage) error {
 			return err
 		}
 		batch = append(batch, netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | m.kind),
-			Flags: netlink.Request | netlink.Create | netlink.Acknowledge},
+			Flags: netlink.Request | netlink.Acknowledge | m.flags},
 			Data: slices.Concat([]byte{unix.NFPROTO_INET, unix.NFNETLINK_V0, 0, 0}, data)})
 	}
 	_, err := f.nl.SendMessages(append(batch, edge(unix.NFNL_MSG_BATCH_END)))
@@ -70,13 +71,13 @@ func (f *Firewall) claimLocked() (fresh bool, err error) {
 	switch {
 	case there && flags&tablePersist == 0:
 		f.owned = false
-		return false, nil
+		return false, f.batchLocked(newTableMessage(0, netlink.Create)) // wakes it where another tool made it dormant
 	case there && f.owned && flags&tableOwner != 0:
 		return false, nil
 	case f.plain:
-		return !there, f.batchLocked(newTableMessage(0))
+		return !there, f.batchLocked(newTableMessage(0, netlink.Create))
 	}
-	err = f.batchLocked(newTableMessage(tableOwner | tablePersist))
+	err = f.batchLocked(newTableMessage(tableOwner|tablePersist, netlink.Create))
 	switch {
 	case err == nil:
 		f.owned = true
@@ -88,7 +89,7 @@ func (f *Firewall) claimLocked() (fresh bool, err error) {
 	}
 	// Before kernel 6.9 there is no persist.
 	f.owned = false
-	if err := f.batchLocked(newTableMessage(0)); err != nil {
+	if err := f.batchLocked(newTableMessage(0, netlink.Create)); err != nil {
 		return false, fmt.Errorf("create table inet %s: %w", TableName, err)
 	}
 	return true, nil

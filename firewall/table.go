@@ -20,8 +20,8 @@ const (
 	spentTimeout    = 3 * time.Minute
 )
 
-// MaxStep is the longest token step: spent tokens are remembered for spentTimeout, and a token lives three steps.
-const MaxStep = spentTimeout / 3
+// MaxStep is the longest token step: spent tokens are remembered for spentTimeout, and a token lives four steps.
+const MaxStep = spentTimeout / 4
 
 const (
 	setSize   = 65536
@@ -93,17 +93,18 @@ func (b *builder) declare() {
 	sources("open6", ip6, true, windowTimeout)
 	sources("seq4", ip4, true, windowTimeout)
 	sources("seq6", ip6, true, windowTimeout)
-	b.set(&nftables.Set{Name: "peer4", KeyType: concat(ip4, port), Concatenation: true, HasTimeout: true, Size: setSize})
-	b.set(&nftables.Set{Name: "peer6", KeyType: concat(ip6, port), Concatenation: true, HasTimeout: true, Size: setSize})
+	// No Concatenation here: its flag is for intervals, and nft, whose listing an operator may load, leaves it off.
+	b.set(&nftables.Set{Name: "peer4", KeyType: concat(ip4, port), HasTimeout: true, Size: setSize})
+	b.set(&nftables.Set{Name: "peer6", KeyType: concat(ip6, port), HasTimeout: true, Size: setSize})
 	b.set(&nftables.Set{Name: "admitted", KeyType: ip4, KeyByteOrder: network, HasTimeout: true, Size: setSize})
-	b.set(&nftables.Set{Name: "service", KeyType: concat(ip4, port), Concatenation: true, HasTimeout: true, Size: setSize})
+	b.set(&nftables.Set{Name: "service", KeyType: concat(ip4, port), HasTimeout: true, Size: setSize})
 	// The kernel has these two already, made with the typeof that nft lists and loads again: see tokenSets.
 	tok := nftables.TypeInteger
 	tok.Bytes = knock.TokenSize
 	b.set(&nftables.Set{Name: "tokens", KeyType: tok, DataType: mark, IsMap: true, HasTimeout: true, Size: tokenSize, Timeout: tokenTimeout})
 	b.set(&nftables.Set{Name: "spent", KeyType: tok, HasTimeout: true, Dynamic: true, Size: tokenSize, Timeout: spentTimeout})
-	b.set(&nftables.Set{Name: "step", KeyType: concat(mark, protocol, port), Concatenation: true, DataType: mark, IsMap: true, Size: setSize})
-	b.set(&nftables.Set{Name: "knockports", KeyType: concat(protocol, port), Concatenation: true, Size: setSize})
+	b.set(&nftables.Set{Name: "step", KeyType: concat(mark, protocol, port), DataType: mark, IsMap: true, Size: setSize})
+	b.set(&nftables.Set{Name: "knockports", KeyType: concat(protocol, port), Size: setSize})
 	sources("progress4", ip4, true, progressTimeout)
 	sources("progress6", ip6, true, progressTimeout)
 	sources("pace4", ip4, false, progressTimeout)

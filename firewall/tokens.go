@@ -1,12 +1,12 @@
 package firewall
 
 import (
+	"cmp"
 	"context"
 	"crypto/hmac"
+	"errors"
 	"fmt"
-	"iter"
 	"log/slog"
-	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -20,7 +20,8 @@ type StepStore interface {
 	RaiseTokenStep(uint64) error
 }
 
-// Tokens keeps the tokens of steps t-1, t and t+1 in the kernel. With it dead, knocks stop working by themselves.
+// Tokens keeps the tokens of steps t-1, t and t+1 in the kernel; those of t+2 come in little by little while t lasts, so
+// that no moment has to load all users at once. With it dead, knocks stop working by themselves.
 type Tokens struct {
 	fw     *Firewall
 	server knock.ServerID
@@ -29,26 +30,27 @@ type Tokens struct {
 	log    *slog.Logger
 
 	mu          sync.Mutex
-	credentials map[uint32]knock.Credential
-	floor       int64 // no step below it may be loaded: its spent tokens are forgotten
-	next        int64 // the lowest step that is not loaded yet
+	credentials []knock.Credential // sorted by ID
+	floor       int64              // no step below it may be loaded: its spent tokens are forgotten
+	next        int64              // the lowest step that is not loaded whole
+	part        int                // credentials of step next that are loaded
 	behind      bool
 }
 
 // NewTokens begins with what an Apply left. Fresh is Apply's word: then no step that was ever loaded may be loaded again,
-// since nobody knows which of its tokens were spent. Else spent tokens are in the kernel for three steps back, which is
-// as far as a clock may have been set back.
+// since nobody knows which of its tokens were spent. Else spent tokens are in the kernel for four steps back, which is as
+// far as a clock may have been set back.
 func NewTokens(fw *Firewall, fresh bool, server knock.ServerID, length time.Duration, store StepStore, log *slog.Logger) (*Tokens, error) {
 	recorded, err := store.TokenStep()
 	highest := int64(recorded)
 	if err != nil {
 		return nil, fmt.Errorf("highest token step: %w", err)
 	}
-	t := &Tokens{fw: fw, server: server, length: length, store: store, log: log, credentials: map[uint32]knock.Credential{}}
+	t := &Tokens{fw: fw, server: server, length: length, store: store, log: log}
 	if fresh {
 		t.floor = highest + 1
 	} else {
-		t.floor = highest - 2
+		t.floor = highest - 3
 		// Users may have gone while the daemon was down.
 		if err := fw.FlushTokens(); err != nil {
 			return nil, err
@@ -58,55 +60,82 @@ func NewTokens(fw *Firewall, fresh bool, server knock.ServerID, length time.Dura
 	return t, nil
 }
 
-// Run loads each step when its turn comes, until ctx ends. It looks at the clock every second, since clocks jump.
+// Run loads each step when its turn comes, until ctx ends. It looks at the clock every half second, since clocks jump.
 func (t *Tokens) Run(ctx context.Context) error {
-	tick := time.NewTicker(time.Second)
+	tick := time.NewTicker(500 * time.Millisecond)
 	defer tick.Stop()
+	failed := ""
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case now := <-tick.C:
-			if err := t.Refresh(now.Round(0)); err != nil { // Round: the wall clock, not the monotonic one
+			err := t.Refresh(now.Round(0)) // Round: the wall clock, not the monotonic one
+			if err != nil && err.Error() != failed {
 				t.log.Error("tokens not loaded: knocks by token will stop", "err", err)
+			}
+			failed = ""
+			if err != nil {
+				failed = err.Error()
 			}
 		}
 	}
 }
 
-// Refresh loads the steps around now that are not loaded yet.
+// Refresh loads what is due now: all of the steps up to t+1, and of t+2 as large a part as t is old.
 func (t *Tokens) Refresh(now time.Time) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	current := knock.StepAt(now, t.length)
-	if behind := current+1 < t.next-3; behind != t.behind {
+	if behind := current+2 < t.next-2; behind != t.behind {
 		t.behind = behind
 		if behind {
-			t.log.Warn("the clock was set back: no token opens until it is where it was", "until", knock.Start(t.next-1, t.length))
+			t.log.Warn("the clock was set back: no token opens until it is where it was", "until", knock.Start(t.next-2, t.length))
 		}
 	}
-	for step := max(current-1, t.next); step <= current+1; step++ {
-		// Written first: a crash between the two closes a step, never opens it twice.
-		if err := t.store.RaiseTokenStep(uint64(step)); err != nil {
-			return fmt.Errorf("highest token step %d: %w", step, err)
+	if t.next < current-1 {
+		t.next, t.part = current-1, 0
+	}
+	for ; t.next <= current+2; t.next, t.part = t.next+1, 0 {
+		due := len(t.credentials)
+		if t.next == current+2 {
+			age := now.Sub(knock.Start(current, t.length))
+			due = min(int(int64(due)*int64(age)/int64(t.length))+1, due)
 		}
-		if err := t.load(maps.Values(t.credentials), step, now); err != nil {
-			return err
+		if t.part == 0 {
+			// Written first: a crash between the two closes a step, never opens it twice.
+			if err := t.store.RaiseTokenStep(uint64(t.next)); err != nil {
+				return fmt.Errorf("highest token step %d: %w", t.next, err)
+			}
 		}
-		t.next = step + 1
+		if due > t.part {
+			if err := t.load(t.credentials[t.part:due], t.next, now); err != nil {
+				return err
+			}
+			t.part = due
+		}
+		if t.next == current+2 {
+			return nil
+		}
 	}
 	return nil
 }
 
-func (t *Tokens) load(credentials iter.Seq[knock.Credential], step int64, now time.Time) error {
+// load writes the tokens of a step, a commit for every thousand.
+func (t *Tokens) load(credentials []knock.Credential, step int64, now time.Time) error {
 	expires := now.Add(knock.Life(step, t.length, now))
-	var list []Token
-	for c := range credentials {
-		for i := range uint8(knock.Indexes) {
-			list = append(list, Token{knock.NewToken(c.Secret, t.server, step, i), c.ID, expires})
+	for some := range slices.Chunk(credentials, chunk/knock.Indexes) {
+		list := make([]Token, 0, chunk)
+		for _, c := range some {
+			for i := range uint8(knock.Indexes) {
+				list = append(list, Token{knock.NewToken(c.Secret, t.server, step, i), c.ID, expires})
+			}
+		}
+		if err := t.fw.AddTokens(list); err != nil {
+			return err
 		}
 	}
-	return t.fw.AddTokens(list)
+	return nil
 }
 
 // Set makes list the credentials that may knock. New ones can at once; the tokens and the windows of those that are gone
@@ -114,27 +143,54 @@ func (t *Tokens) load(credentials iter.Seq[knock.Credential], step int64, now ti
 func (t *Tokens) Set(list []knock.Credential, now time.Time) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	wanted := map[uint32]knock.Credential{}
+	list = slices.SortedFunc(slices.Values(list), func(a, b knock.Credential) int { return cmp.Compare(a.ID, b.ID) })
 	var added []knock.Credential
 	for _, c := range list {
-		wanted[c.ID] = c
-		if old, ok := t.credentials[c.ID]; !ok || !hmac.Equal(old.Secret, c.Secret) {
+		if !holds(t.credentials, c) {
 			added = append(added, c)
 		}
 	}
-	for id, old := range t.credentials {
-		if c, ok := wanted[id]; !ok || !hmac.Equal(old.Secret, c.Secret) {
-			if err := t.fw.Close(id); err != nil {
-				return err
-			}
+	// Who is out is out of the list before anything can fail: no later step loads him again. Positions have moved: the step
+	// that was loaded in part begins anew, which writes what is there already once more.
+	before := t.credentials
+	t.credentials, t.part = list, 0
+	var errs []error
+	for _, old := range before {
+		if !holds(list, old) {
+			errs = append(errs, t.fw.Close(old.ID, t.live(old, now)))
 		}
 	}
-	t.credentials = wanted
 	current := knock.StepAt(now, t.length)
-	for step := max(current-1, t.floor); step < t.next && step <= current+1; step++ {
-		if err := t.load(slices.Values(added), step, now); err != nil {
-			return err
+	for step := max(current-1, t.floor); step < t.next; step++ {
+		errs = append(errs, t.load(added, step, now))
+	}
+	return errors.Join(errs...)
+}
+
+// holds tells whether a sorted list has the credential with the same secret.
+func holds(list []knock.Credential, c knock.Credential) bool {
+	i, found := slices.BinarySearchFunc(list, c.ID, func(x knock.Credential, id uint32) int { return cmp.Compare(x.ID, id) })
+	return found && hmac.Equal(list[i].Secret, c.Secret)
+}
+
+// live are the tokens of a credential that may be in the kernel.
+func (t *Tokens) live(c knock.Credential, now time.Time) (tokens []knock.Token) {
+	for step := knock.StepAt(now, t.length) - 1; step <= t.next; step++ {
+		for i := range uint8(knock.Indexes) {
+			tokens = append(tokens, knock.NewToken(c.Secret, t.server, step, i))
 		}
 	}
-	return nil
+	return tokens
+}
+
+// Reload writes every step again after a repair made a new table. Lost says that openings were missed: then the steps
+// that were in the old one stay closed, since what was spent of them is not known.
+func (t *Tokens) Reload(lost bool, now time.Time) error {
+	t.mu.Lock()
+	if lost {
+		t.floor = t.next + 1
+	}
+	t.next, t.part = max(t.floor, knock.StepAt(now, t.length)-1), 0
+	t.mu.Unlock()
+	return t.Refresh(now)
 }

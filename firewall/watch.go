@@ -1,6 +1,7 @@
 package firewall
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
@@ -19,73 +20,91 @@ import (
 // watchEvery is how often the ruleset's generation is asked for; it costs one 16 µs system call.
 const watchEvery = 100 * time.Millisecond
 
-// Watch repairs the table when another tool deletes, flushes or edits it, until ctx ends. Windows, tokens, spent tokens,
-// peers and admitted addresses come back with their remaining time. In between the gate's sockets are deaf: see Interlock.
+// Watch repairs the table when another tool deletes, flushes, replaces or edits it, until ctx ends. Windows, spent tokens,
+// peers and admitted addresses come back with their remaining time; refill is called for the tokens when sets had to be
+// made anew, with whether openings were missed before. In between the gate's sockets are deaf: see Interlock.
 //
 // The library's own monitor is no help: it dies for good at the first large refresh.
-func (f *Firewall) Watch(ctx context.Context) error {
+func (f *Firewall) Watch(ctx context.Context, refill func(lost bool) error) error {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
-	failed := ""
-	for {
+	failed, empty, lost := "", false, false
+	for n := 0; ; n++ {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		}
-		repaired, err := f.check()
+		repair, err := f.check(time.Now(), n%100 == 0)
+		empty, lost = empty || repair.restored, lost || repair.lost
+		if err == nil && empty {
+			if err = refill(lost); err == nil {
+				empty, lost = false, false
+			}
+		}
 		switch {
 		case err != nil && err.Error() != failed: // say it once, try again for ever: giving up would leave it broken
 			failed = err.Error()
 			f.log.Error("nftables table not repaired", "table", TableName, "err", err)
-		case err == nil && repaired > 0:
+		case err == nil && repair.took > 0:
 			failed = ""
-			f.log.Warn("nftables table was changed by another tool and is repaired", "table", TableName, "took_ms", float64(repaired.Microseconds())/1000)
+			f.log.Warn("nftables table was changed by another tool and is repaired", "table", TableName,
+				"took_ms", float64(repair.took.Microseconds())/1000, "sets_restored", repair.restored)
 		}
 	}
 }
 
-// check compares the table with what was applied, when the ruleset changed since the last time. Took is not zero when it
-// had to be repaired.
-func (f *Firewall) check() (took time.Duration, err error) {
+// repair is what check had to do.
+type repair struct {
+	took     time.Duration // zero: nothing
+	restored bool          // the sets were emptied and filled from the mirror: tokens are missing
+	lost     bool          // and openings had been missed
+}
+
+// check compares the table with what was applied, when the ruleset changed since the last time.
+func (f *Firewall) check(now time.Time, prune bool) (r repair, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if !f.applied {
+		return r, nil
+	}
+	if prune {
+		f.state.prune(now)
+	}
 	gen, err := f.generationLocked()
-	if err != nil || !f.applied || gen == f.gen {
-		return 0, err
+	if err != nil || gen == f.gen && !f.restore {
+		return r, err
 	}
-	now, err := f.fingerprintLocked()
+	print, handles, err := f.fingerprintLocked()
 	if err != nil {
-		return 0, err
+		return r, err
 	}
-	if now == f.print {
+	if print == f.print && !f.restore {
 		f.gen = gen
-		return 0, nil
+		return r, nil
 	}
 	start := time.Now()
-	if err := f.repairLocked(start); err != nil {
-		return 0, err
-	}
-	return time.Since(start), nil
-}
-
-// repairLocked puts back rules first, which close the door, then spent tokens, then what was open.
-func (f *Firewall) repairLocked(now time.Time) error {
-	absent, err := f.claimLocked()
+	// Rules first, which close the door; then spent tokens, then what was open.
+	f.restore = f.restore || handles != f.handles
+	fresh, err := f.claimLocked()
 	if err != nil {
-		return err
+		return r, err
 	}
 	if err := f.applyLocked(f.cfg); err != nil {
-		return err
+		return r, err
 	}
-	if absent {
+	if f.restore = f.restore || fresh; f.restore {
 		if err := f.restoreLocked(now); err != nil {
-			return err
+			return r, err
 		}
+		r.restored, r.lost = true, f.state.lost
+		f.restore, f.state.lost = false, false
 	}
-	return f.rememberLocked()
+	r.took = time.Since(start)
+	return r, nil
 }
 
+// restoreLocked makes the sets hold what the mirror says, whatever they hold now. Tokens are the loader's.
 func (f *Firewall) restoreLocked(now time.Time) error {
 	f.state.prune(now)
 	elements := map[string][]nftables.SetElement{}
@@ -104,46 +123,20 @@ func (f *Firewall) restoreLocked(now time.Time) error {
 		set, key := peer(p)
 		add(set, key, nil, until)
 	}
-	for set, list := range elements {
-		for part := range slices.Chunk(list, chunk) {
-			if err := f.sendLocked(set, part); err != nil {
-				return err
+	for t, until := range f.state.spent {
+		add("spent", t[:], nil, until)
+	}
+	return f.commitLocked(func(c *nftables.Conn) error {
+		for _, set := range []string{"tokens", "spent", "open4", "open6", "seq4", "seq6", "admitted", "service", "peer4", "peer6", "progress4", "progress6"} {
+			c.FlushSet(named(set))
+			for part := range slices.Chunk(elements[set], chunk) {
+				if err := c.SetAddElements(named(set), part); err != nil {
+					return err
+				}
 			}
 		}
-	}
-	if f.state.lost {
-		// Some openings went unseen, so any of these may have been spent. The next step's are safe.
-		for t, l := range f.state.tokens {
-			f.state.spent[t] = l.expires
-		}
-		f.state.lost = false
-	}
-	// The spent ones come first, for whoever loads these steps again after a restart.
-	var spent []nftables.SetElement
-	for t, until := range f.state.spent {
-		spent = append(spent, nftables.SetElement{Key: t[:], Timeout: max(until.Sub(now), time.Second)})
-	}
-	for part := range slices.Chunk(spent, chunk) {
-		if err := f.sendLocked("spent", part); err != nil {
-			return err
-		}
-	}
-	var tokens []Token
-	for t, l := range f.state.tokens {
-		if _, spent := f.state.spent[t]; !spent {
-			tokens = append(tokens, Token{t, l.credential, l.expires})
-		}
-	}
-	return f.writeTokensLocked(tokens, now)
-}
-
-// rememberLocked takes the table as it is for the one to keep.
-func (f *Firewall) rememberLocked() (err error) {
-	if f.gen, err = f.generationLocked(); err != nil {
-		return err
-	}
-	f.print, err = f.fingerprintLocked()
-	return err
+		return nil
+	})
 }
 
 // generationLocked is the number of commits to the ruleset (linux/netfilter/nf_tables.h: NFT_MSG_GETGEN).
@@ -166,21 +159,29 @@ func (f *Firewall) generationLocked() (uint32, error) {
 	return 0, errors.New("read the ruleset's generation: the kernel's answer has none")
 }
 
-// fingerprintLocked is a digest of chains, rules and set definitions as the kernel writes them, elements and handles left out.
-// It works on raw attributes: the library drops expressions that it does not know.
-func (f *Firewall) fingerprintLocked() (sum [32]byte, err error) {
-	h := sha256.New()
+// Attributes that x/sys/unix has no names for (linux/netfilter/nf_tables.h).
+const (
+	tableHandle = 4
+	setHandle   = 16
+)
+
+// fingerprintLocked is a digest of the table, its chains, rules and sets as the kernel writes them, without elements. It works
+// on raw attributes: the library drops expressions that it does not know. The handles of the table and its named sets are
+// in it, and digested by themselves too: a set of the same kind with another handle holds what another tool put there.
+func (f *Firewall) fingerprintLocked() (print, handles [32]byte, err error) {
+	all, named := sha256.New(), sha256.New()
 	for _, q := range []struct {
 		message, table uint16
 		keep           []uint16
 	}{
+		{unix.NFT_MSG_GETTABLE, unix.NFTA_TABLE_NAME, []uint16{unix.NFTA_TABLE_FLAGS, tableHandle}},
 		{unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE, []uint16{unix.NFTA_CHAIN_NAME, unix.NFTA_CHAIN_HOOK, unix.NFTA_CHAIN_POLICY, unix.NFTA_CHAIN_TYPE}},
 		{unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE, []uint16{unix.NFTA_RULE_CHAIN, unix.NFTA_RULE_EXPRESSIONS}},
-		{unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE, []uint16{unix.NFTA_SET_NAME, unix.NFTA_SET_FLAGS, unix.NFTA_SET_KEY_TYPE, unix.NFTA_SET_KEY_LEN}},
+		{unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE, []uint16{unix.NFTA_SET_NAME, unix.NFTA_SET_FLAGS, unix.NFTA_SET_KEY_TYPE, unix.NFTA_SET_KEY_LEN, setHandle}},
 	} {
 		replies, err := f.queryLocked(q.message, netlink.Dump)
 		if err != nil {
-			return sum, fmt.Errorf("read table inet %s: %w", TableName, err)
+			return print, handles, fmt.Errorf("read table inet %s: %w", TableName, err)
 		}
 		for _, m := range replies {
 			if len(m.Data) < 4 || m.Data[0] != unix.NFPROTO_INET {
@@ -188,7 +189,7 @@ func (f *Firewall) fingerprintLocked() (sum [32]byte, err error) {
 			}
 			attributes, err := netlink.UnmarshalAttributes(m.Data[4:])
 			if err != nil {
-				return sum, err
+				return print, handles, err
 			}
 			values := map[uint16][]byte{}
 			for _, a := range attributes {
@@ -198,11 +199,17 @@ func (f *Firewall) fingerprintLocked() (sum [32]byte, err error) {
 				continue
 			}
 			for _, kind := range q.keep {
-				fmt.Fprintf(h, "%d %d %x\n", q.message, kind, values[kind])
+				fmt.Fprintf(all, "%d %d %x\n", q.message, kind, values[kind])
+			}
+			switch {
+			case q.message == unix.NFT_MSG_GETTABLE:
+				fmt.Fprintf(named, "%x\n", values[tableHandle])
+			case q.message == unix.NFT_MSG_GETSET && !bytes.HasPrefix(values[unix.NFTA_SET_NAME], []byte("__")):
+				fmt.Fprintf(named, "%s %x\n", values[unix.NFTA_SET_NAME], values[setHandle])
 			}
 		}
 	}
-	return [32]byte(h.Sum(nil)), nil
+	return [32]byte(all.Sum(nil)), [32]byte(named.Sum(nil)), nil
 }
 
 // queryLocked asks nf_tables for something about every table of every family.
@@ -225,7 +232,11 @@ func (f *Firewall) opened(o Opening) {
 	defer f.mu.Unlock()
 	w := Window{o.Source, o.Credential, o.Sequence, o.At.Add(f.cfg.Window)}
 	f.state.windows[w.key()] = w
-	if o.Token != (knock.Token{}) {
+	switch {
+	case o.Sequence:
+	case o.Token == (knock.Token{}):
+		f.state.lost = true // it is somewhere behind IPv6 extension headers
+	default:
 		f.state.spent[o.Token] = o.At.Add(spentTimeout)
 	}
 }

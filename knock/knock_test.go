@@ -46,7 +46,7 @@ func TestTokensDifferInEveryInput(t *testing.T) {
 func TestLifeEndsTwoStepsOn(t *testing.T) {
 	const length = 30 * time.Second
 	now := time.Unix(1000, 0) // in step 33, which began at 990
-	for step, want := range map[int64]time.Duration{31: -10 * time.Second, 32: 20 * time.Second, 33: 50 * time.Second, 34: 80 * time.Second, 99: 90 * time.Second} {
+	for step, want := range map[int64]time.Duration{31: -10 * time.Second, 32: 20 * time.Second, 33: 50 * time.Second, 34: 80 * time.Second, 99: 120 * time.Second} {
 		if got := Life(step, length, now); got != want {
 			t.Errorf("step %d lives %v, want %v", step, got, want)
 		}

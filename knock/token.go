@@ -48,9 +48,9 @@ func StepAt(now time.Time, length time.Duration) int64 { return now.UnixNano() /
 func Start(step int64, length time.Duration) time.Time { return time.Unix(0, step*int64(length)) }
 
 // Life is how long the tokens of a step written now stay valid: until the step is two steps past. It is never more than
-// three steps; zero or less means they are past already.
+// four steps, for a step written two ahead; zero or less means they are past already.
 func Life(step int64, length time.Duration, now time.Time) time.Duration {
-	return min(Start(step+2, length).Sub(now), 3*length)
+	return min(Start(step+2, length).Sub(now), 4*length)
 }
 
 // Credential is a user as the kernel maps know him.

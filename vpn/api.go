@@ -56,7 +56,7 @@ type APIError struct {
 	Code       string `json:"code"`
 	Message    string `json:"message"`
 	Fix        string `json:"fix,omitempty"`
-	RetryAfter int    `json:"-"` // seconds, with 503
+	RetryAfter int    `json:"-"` // seconds, with 429 and 503
 }
 
 func (e *APIError) Error() string {
@@ -83,6 +83,7 @@ const (
 	CodePostQuantum = "post_quantum"  // 403: require_post_quantum and a classical key exchange
 	CodeLimit       = "session_limit" // 503
 	CodePool        = "address_pool"  // 503
+	CodeRate        = "rate"          // 429
 	CodeInternal    = "internal"      // 500
 )
 
@@ -103,6 +104,8 @@ func StatusOf(code string) int {
 		return http.StatusConflict
 	case CodeLimit, CodePool:
 		return http.StatusServiceUnavailable
+	case CodeRate:
+		return http.StatusTooManyRequests
 	}
 	return http.StatusInternalServerError
 }

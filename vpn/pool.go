@@ -92,6 +92,10 @@ func (p *Pool) Release(a netip.Addr, now time.Time) {
 	if p.held[a] {
 		delete(p.held, a)
 		p.last[a] = now
+		// Entries whose address was taken again since say nothing any more.
+		for len(p.released) > 0 && (p.held[p.released[0].address] || !p.last[p.released[0].address].Equal(p.released[0].at)) {
+			p.released = p.released[1:]
+		}
 		p.released = append(p.released, release{a, now})
 	}
 }

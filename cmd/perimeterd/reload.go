@@ -16,7 +16,7 @@ import (
 
 // reload applies the configuration again on SIGHUP, until ctx ends. All or nothing: a file with an error, or with a change
 // that takes a restart, leaves everything as it is.
-func reload(ctx context.Context, log *slog.Logger, cfg *configs.Config, apply func(*configs.Config) error) error {
+func reload(ctx context.Context, log *slog.Logger, cfg *configs.Config, apply func(old, next *configs.Config) error) error {
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
 	defer signal.Stop(hup)
@@ -31,7 +31,7 @@ func reload(ctx context.Context, log *slog.Logger, cfg *configs.Config, apply fu
 			err = errors.New("only [knock], [firewall], [egress] and [proxy] can change under a running daemon (not proxy.port): restart it for the rest")
 		}
 		if err == nil {
-			err = apply(next)
+			err = apply(cfg, next)
 		}
 		if err != nil {
 			log.Error("configuration not reloaded: the old one goes on", "file", cfg.File, "err", err)

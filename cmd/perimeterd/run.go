@@ -79,7 +79,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	// The door first: from here on nothing of ours is reachable without a knock.
 	door := firewall.New(log, 0)
 	names := &credentials{users: users, meta: meta, master: keys.master[:]}
-	table, err := tableConfig(cfg, names, gid)
+	table, err := tableConfig(cfg, names, gid, log)
 	if err != nil {
 		return err
 	}
@@ -94,14 +94,17 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	if err != nil {
 		return err
 	}
+	access := &access{cfg: cfg, gid: gid, names: names, door: door, tokens: tokens, log: log}
+	if err := access.loadTokens(); err != nil {
+		return err
+	}
+	// Without knock.tokens nothing is ever loaded; who may knock is still followed, for the windows of those who are out.
+	refill := func(bool) error { return nil }
 	if cfg.Knock.Tokens {
-		list, err := names.load()
-		if err != nil {
+		if err := tokens.Refresh(time.Now()); err != nil {
 			return err
 		}
-		if err := errors.Join(tokens.Set(list, time.Now()), tokens.Refresh(time.Now())); err != nil {
-			return err
-		}
+		refill = func(lost bool) error { return tokens.Reload(lost, time.Now()) }
 	}
 
 	dev, err := gate.OpenTUN(cfg.Gate)
@@ -113,12 +116,16 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		return err
 	}
 	defer tunnel.Close()
-	api, err := gate.New(cfg.Gate, keys.wireguardPublic, keys.gate, verifier, store, tunnel, log)
+	api, err := gate.New(cfg.Gate, door.TokenWindow, keys.wireguardPublic, keys.gate, verifier, store, tunnel, log)
 	if err != nil {
 		return err
 	}
 	forward, err := proxy.New(cfg.Proxy, store, log)
 	if err != nil {
+		return err
+	}
+	// A daemon that was killed in the middle of a revocation left sessions that nobody else would end.
+	if err := endRevoked(store, users, log); err != nil {
 		return err
 	}
 	// The order of an end: the tunnel carries no more, the proxy resets what it has open, then the address may rest.
@@ -140,19 +147,8 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	}
 
 	operations := &control.Operations{Users: users, Sessions: store, Now: time.Now, Log: log,
-		UserChanged: func(name string) {
-			if !cfg.Knock.Tokens {
-				return
-			}
-			list, err := names.load()
-			if err == nil {
-				err = tokens.Set(list, time.Now())
-			}
-			if err != nil {
-				log.Error("knock tokens do not follow the change of a user", "user", name, "err", err)
-			}
-		},
-		Status: statusOf(cfg, door),
+		UserChanged: access.userChanged,
+		Status:      statusOf(cfg, door),
 	}
 
 	g, ctx := errgroup.WithContext(ctx)
@@ -162,7 +158,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 			log.Info("window opened", "user", names.name(o.Credential), "source", o.Source, "sequence", o.Sequence, "for", table.Window.String())
 		})
 	})
-	g.Go(func() error { return door.Watch(ctx) })
+	g.Go(func() error { return door.Watch(ctx, refill) })
 	if cfg.Knock.Tokens {
 		g.Go(func() error { return tokens.Run(ctx) })
 	}
@@ -174,16 +170,14 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		return control.Serve(ctx, cfg.ControlSocket(), control.Handler(operations), func() { close(operating) })
 	})
 	g.Go(func() error {
-		return reload(ctx, log, cfg, func(next *configs.Config) error {
-			table, err := tableConfig(next, names, gid)
-			if err != nil {
-				return err
+		return reload(ctx, log, cfg, func(old, next *configs.Config) error {
+			if err := access.configure(next); err != nil {
+				return errors.Join(err, access.configure(old))
 			}
 			if err := forward.Reload(next.Proxy); err != nil {
-				return err
+				return errors.Join(err, access.configure(old))
 			}
-			_, err = door.Apply(table)
-			return err
+			return nil
 		})
 	})
 	g.Go(func() error {
@@ -209,6 +203,29 @@ func newLog(c configs.Log) *slog.Logger {
 		return slog.New(slog.NewTextHandler(os.Stderr, o))
 	}
 	return slog.New(slog.NewJSONHandler(os.Stderr, o))
+}
+
+// endRevoked ends the stored sessions whose certificate would not be let in any more.
+func endRevoked(store session.Store, users *identity.Users, log *slog.Logger) error {
+	list, err := users.List()
+	if err != nil {
+		return err
+	}
+	good := map[[32]byte]bool{}
+	for _, u := range list {
+		for _, d := range u.Devices {
+			good[d.Key] = u.Active() && d.Active(time.Now())
+		}
+	}
+	for _, s := range store.List() {
+		if !good[s.Certificate] {
+			log.Info("session ended", "session", s.ID, "user", s.User, "reason", session.Revoked)
+			if err := store.End(s.ID, session.Revoked); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // expire ends sessions when their time comes, until ctx ends. The kernel's elements expire by themselves; this removes

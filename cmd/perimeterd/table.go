@@ -1,11 +1,14 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"strings"
 	"sync"
+	"time"
 
 	"perimeterd/configs"
 	"perimeterd/firewall"
@@ -13,19 +16,72 @@ import (
 	"perimeterd/knock"
 )
 
-// tableConfig completes the firewall's part of a configuration with what only the running daemon knows.
-func tableConfig(cfg *configs.Config, names *credentials, gid uint32) (firewall.Config, error) {
+// access keeps the door in step with users and configuration.
+type access struct {
+	gid    uint32
+	names  *credentials
+	door   *firewall.Firewall
+	tokens *firewall.Tokens
+	log    *slog.Logger
+
+	mu  sync.Mutex // over reading users and writing what follows from them, or an older list might be written last
+	cfg *configs.Config
+}
+
+// userChanged follows a user who was added or revoked: tokens and windows of who is out are gone when it returns.
+func (a *access) userChanged(string) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return errors.Join(a.loadTokens(), a.apply(a.cfg))
+}
+
+// configure makes another configuration the door's.
+func (a *access) configure(cfg *configs.Config) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err := a.apply(cfg); err != nil {
+		return err
+	}
+	a.cfg = cfg
+	return nil
+}
+
+func (a *access) apply(cfg *configs.Config) error {
+	table, err := tableConfig(cfg, a.names, a.gid, a.log)
+	if err != nil {
+		return err
+	}
+	_, err = a.door.Apply(table)
+	return err
+}
+
+// loadTokens closes the door for users who are out, and gives new ones their tokens.
+func (a *access) loadTokens() error {
+	list, err := a.names.load()
+	if err != nil {
+		return err
+	}
+	return a.tokens.Set(list, time.Now())
+}
+
+// tableConfig completes the firewall's part of a configuration with what only the running daemon knows. A sequence of a
+// user who is out is left out.
+func tableConfig(cfg *configs.Config, names *credentials, gid uint32, log *slog.Logger) (firewall.Config, error) {
 	table := cfg.Firewall
 	table.GID = gid
 	table.Reach = resolvers("/etc/resolv.conf")
-	table.Sequences = append([]knock.Sequence(nil), table.Sequences...)
-	for i := range table.Sequences {
-		s := &table.Sequences[i]
+	table.Sequences = nil
+	for i, s := range cfg.Firewall.Sequences {
 		id, err := names.sequence(s.Name, cfg.Knock.Users[i])
-		if err != nil {
+		switch {
+		case errors.Is(err, errUserOut):
+			log.Warn("knock sequence left out", "sequence", s.Name, "err", err)
+			continue
+		case err != nil:
 			return table, fmt.Errorf("knock.sequence %q: %w", s.Name, err)
 		}
 		s.Credential = id
+		table.Sequences = append(table.Sequences, s)
 	}
 	return table, nil
 }
@@ -46,6 +102,8 @@ func resolvers(file string) (list []netip.AddrPort) {
 	}
 	return list
 }
+
+var errUserOut = errors.New("is revoked or not known")
 
 // credentials names what the kernel knows by number.
 type credentials struct {
@@ -80,11 +138,11 @@ func (c *credentials) sequence(name, user string) (uint32, error) {
 		return id, err
 	}
 	u, err := c.users.Get(user)
+	if errors.Is(err, identity.ErrNoUser) || err == nil && !u.Active() {
+		return 0, fmt.Errorf("user %q %w: give the sequence to another, or take it out", user, errUserOut)
+	}
 	if err != nil {
 		return 0, err
-	}
-	if !u.Active() {
-		return 0, fmt.Errorf("user %q is revoked: give the sequence to another, or take it out", user)
 	}
 	c.note(u.Credential, u.Name)
 	return u.Credential, nil

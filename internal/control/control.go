@@ -18,6 +18,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
@@ -72,8 +73,9 @@ type Operations struct {
 	Sessions session.Store
 	Now      func() time.Time
 	Log      *slog.Logger
-	// UserChanged is told of a user who was added or revoked, after it is durable. Nil: nobody.
-	UserChanged func(name string)
+	// UserChanged is told of a user who was added or revoked, after it is durable. Its error is the operator's to know. Nil:
+	// nobody.
+	UserChanged func(name string) error
 	// Status is the daemon's part of Status. Nil: none.
 	Status func() Status
 }
@@ -85,8 +87,7 @@ func (o *Operations) AddUser(_ context.Context, e identity.Enrolment) (identity.
 		return identity.User{}, err
 	}
 	o.Log.Info("user added", "user", u.Name, "device", e.Device, "groups", u.Groups, "credential", u.Credential)
-	o.changed(u.Name)
-	return u, nil
+	return u, o.changed(u.Name)
 }
 
 // ListUsers is every user, revoked ones included.
@@ -142,10 +143,14 @@ func (o *Operations) Kick(_ context.Context, id session.ID) error {
 	return err
 }
 
-func (o *Operations) changed(name string) {
-	if o.UserChanged != nil {
-		o.UserChanged(name)
+func (o *Operations) changed(name string) error {
+	if o.UserChanged == nil {
+		return nil
 	}
+	if err := o.UserChanged(name); err != nil {
+		return fmt.Errorf("user %q is changed, but the door does not follow: %w: restart the daemon", name, err)
+	}
+	return nil
 }
 
 func (o *Operations) status() (s Status, err error) {

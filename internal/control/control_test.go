@@ -43,7 +43,7 @@ func start(t *testing.T) *fixture {
 	}
 	f := &fixture{path: filepath.Join(dir, "run", "control.sock")}
 	f.ops = &Operations{Users: identity.NewUsers(db), Sessions: sessions, Now: time.Now, Log: slog.New(slog.DiscardHandler),
-		UserChanged: func(name string) { f.changed = append(f.changed, name) },
+		UserChanged: func(name string) error { f.changed = append(f.changed, name); return nil },
 		Status:      func() Status { return Status{Version: "1.2", Endpoint: "bastion.example.com:1194", Limit: 5000} }}
 	f.serve(t)
 	f.Client = NewClient(f.path)

@@ -103,7 +103,7 @@ func (g *Gate) post(w http.ResponseWriter, r *http.Request, id identity.Identity
 	reply := g.reply(s)
 	reply.PresharedKey = s.PresharedKey[:]
 	if len(req.Initiation) != 0 {
-		reply.Response = g.tunnel.Handshake(r.Context(), req.Initiation, outer(r))
+		reply.Response = g.tunnel.Handshake(r.Context(), s.PublicKey, req.Initiation, outer(r))
 	}
 	return writeJSON(w, http.StatusCreated, reply)
 }
@@ -118,12 +118,9 @@ func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source
 			return s, nil
 		}
 	}
-	for len(own) >= g.cfg.Devices {
-		if err := g.store.End(own[0].ID, session.Replaced); err != nil && !errors.Is(err, session.ErrNotFound) {
-			return session.Session{}, err
-		}
-		g.log.Info("session replaced", "session", own[0].ID, "user", id.User, "device", own[0].Device)
-		own = own[1:]
+	if wait := g.pace.wait(id.Certificate, now); wait > 0 {
+		return session.Session{}, &vpn.APIError{Code: vpn.CodeRate, Message: "too many sessions in a short time", Fix: "keep the ones you have",
+			RetryAfter: int(wait.Seconds()) + 1}
 	}
 	if live := len(g.store.List()); live >= g.cfg.Limit {
 		return session.Session{}, &vpn.APIError{Code: vpn.CodeLimit, Message: fmt.Sprintf("%d sessions are live, and session.limit is %d", live, g.cfg.Limit),
@@ -152,6 +149,13 @@ func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source
 	default:
 		g.pool.Release(address, now)
 		return s, err
+	}
+	// Only now that the new one is there may it replace another.
+	for ; len(own) >= g.cfg.Devices; own = own[1:] {
+		if err := g.store.End(own[0].ID, session.Replaced); err != nil && !errors.Is(err, session.ErrNotFound) {
+			return s, errors.Join(err, g.store.End(s.ID, session.Deleted))
+		}
+		g.log.Info("session ended", "session", own[0].ID, "user", id.User, "reason", session.Replaced)
 	}
 	g.log.Info("session began", "session", s.ID, "user", s.User, "device", s.Device, "source", source, "address", s.Address,
 		"expires", s.Expires, "post_quantum", s.PostQuantum)

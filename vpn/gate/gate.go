@@ -12,6 +12,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -19,6 +20,8 @@ import (
 	"strconv"
 	"sync"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"perimeterd/internal/identity"
 	"perimeterd/internal/session"
@@ -52,15 +55,19 @@ type Gate struct {
 	log       *slog.Logger
 
 	begin sync.Mutex // limits and addresses are judged and taken in one step
+	pace  pace
+	known func(netip.Addr) bool
 }
 
-// New wires a gate. The store's watchers must include tunnel.SessionEvent before the first request.
-func New(cfg Config, serverKey [32]byte, cert tls.Certificate, v Verifier, store session.Store, tunnel *Tunnel, log *slog.Logger) (*Gate, error) {
+// New wires a gate. The store's watchers must include tunnel.SessionEvent before the first request. Known tells sources that
+// hold a window opened by a token, for whom part of the handshakes is reserved.
+func New(cfg Config, known func(netip.Addr) bool, serverKey [32]byte, cert tls.Certificate, v Verifier, store session.Store, tunnel *Tunnel, logger *slog.Logger) (*Gate, error) {
 	if n := vpn.Size(cfg.Network); n < 2*cfg.Limit {
 		return nil, fmt.Errorf("tunnel.network %v has %d addresses for session.limit %d; released ones rest for %v: "+
 			"take a larger network or a limit of %d", cfg.Network, n, cfg.Limit, vpn.Quarantine, n/2)
 	}
-	g := &Gate{cfg: cfg, serverKey: serverKey, cert: cert, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: log}
+	g := &Gate{cfg: cfg, serverKey: serverKey, cert: cert, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: logger,
+		pace: pace{next: map[[32]byte]time.Time{}}, known: known}
 	for _, s := range store.List() {
 		g.pool.Hold(s.Address, s.Certificate)
 	}
@@ -86,13 +93,14 @@ func (g *Gate) Run(ctx context.Context, listeners ...net.Listener) error {
 		WriteTimeout:      requestTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          slog.NewLogLogger(g.log.Handler(), slog.LevelInfo),
+		ErrorLog:          log.New(&fewLines{log: g.log, limit: rate.NewLimiter(1, 20)}, "", 0),
+		ConnState:         finished,
 	}
 	srv.Protocols = new(http.Protocols)
 	srv.Protocols.SetHTTP1(true)
 	failed := make(chan error, len(listeners))
 	for _, l := range listeners {
-		go func() { failed <- srv.Serve(tls.NewListener(newCapped(l), config)) }()
+		go func() { failed <- srv.Serve(tls.NewListener(newCapped(l, g.known), config)) }()
 	}
 	defer srv.Close()
 	select {
@@ -155,7 +163,7 @@ func (g *Gate) refuse(w http.ResponseWriter, r *http.Request, id identity.Identi
 	g.log.Info("request refused", "user", id.User, "source", r.RemoteAddr, "method", r.Method, "path", r.URL.Path,
 		"status", status, "code", api.Code, "err", err)
 	w.Header().Set("Content-Type", "application/json")
-	if status == http.StatusServiceUnavailable {
+	if status == http.StatusServiceUnavailable || status == http.StatusTooManyRequests {
 		w.Header().Set("Retry-After", strconv.Itoa(max(api.RetryAfter, 1)))
 	}
 	if status == http.StatusRequestEntityTooLarge || status == http.StatusBadRequest {

@@ -136,7 +136,7 @@ func newBench(t *testing.T, change func(*Config)) *bench {
 	b.tunnel, err = NewTunnel(cfg, private, b.tun.TUN(), b.door, log)
 	must(err)
 	t.Cleanup(b.tunnel.Close)
-	g, err := New(cfg, b.serverWG, cert, verifier, b.store, b.tunnel, log)
+	g, err := New(cfg, func(netip.Addr) bool { return false }, b.serverWG, cert, verifier, b.store, b.tunnel, log)
 	must(err)
 	b.store.Watch(b.tunnel.SessionEvent)
 	b.store.Watch(g.SessionEvent)
@@ -481,34 +481,105 @@ func listenPort(t *testing.T, d *device.Device) (port int) {
 	return port
 }
 
-func TestConnectionsOfOneSourceAreCapped(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+func TestAnotherPeersInitiationIsNotAnswered(t *testing.T) {
+	b := newBench(t, nil)
+	victim, mallory := b.user("victim", "mac", time.Hour), b.user("mallory", "mac", time.Hour)
+	_, _, _, victims, initiation := newPeer(t, b.serverWG)
+	b.post(victim, victims)
+	_, own := keyPair(t)
+	body, _ := json.Marshal(vpn.SessionRequest{PublicKey: own[:], Initiation: initiation})
+	status, answer, err := b.do(mallory, "POST", vpn.SessionPath, string(body))
+	var reply vpn.SessionReply
+	if err != nil || status != 201 || json.Unmarshal(answer, &reply) != nil || len(reply.Response) != 0 {
+		t.Errorf("%d %s %v: want a session without a response", status, answer, err)
 	}
-	c := newCapped(l)
-	defer c.Close()
-	go func() {
-		for {
-			if _, err := c.Accept(); err != nil {
-				return
-			}
-		}
-	}()
-	open := 0
-	for range perSource + 5 {
-		conn, err := net.Dial("tcp", l.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		conn.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
-		if _, err := conn.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
-			open++
+	if e, err := b.tunnel.endpoints(); err != nil || len(e) != 0 {
+		t.Errorf("the victim's endpoint moved: %v, %v", e, err)
+	}
+}
+
+func TestEndpointOfTwoPeersStaysForTheOther(t *testing.T) {
+	b := newBench(t, nil)
+	shared, elsewhere := netip.MustParseAddrPort("198.18.1.2:5000"), netip.MustParseAddrPort("198.18.1.2:6000")
+	now := time.Now()
+	b.tunnel.mu.Lock()
+	for i := range byte(2) {
+		b.tunnel.peers[session.Key{i}] = &peer{session: session.Session{Expires: now.Add(time.Hour)}}
+	}
+	b.tunnel.mu.Unlock()
+	at := func(first, second netip.AddrPort) {
+		b.tunnel.follow(map[session.Key]status{{0}: {first, now}, {1}: {second, now}}, now)
+	}
+	at(shared, shared)
+	at(shared, elsewhere)
+	b.door.mu.Lock()
+	_, victims := b.door.peers[shared]
+	b.door.mu.Unlock()
+	if !victims {
+		t.Error("one peer's move took the other's endpoint out of the door")
+	}
+	at(elsewhere, elsewhere)
+	b.door.mu.Lock()
+	defer b.door.mu.Unlock()
+	if len(b.door.peers) != 1 {
+		t.Errorf("endpoints left: %v", b.door.peers)
+	}
+}
+
+func TestRefusedRequestReplacesNothing(t *testing.T) {
+	b := newBench(t, func(c *Config) { c.Devices = 1 })
+	alice := b.user("alice", "mac", time.Hour)
+	_, first := keyPair(t)
+	old := b.post(alice, first)
+	b.do(alice, "DELETE", vpn.SessionPath+"/"+old.ID, "")
+	_, second := keyPair(t)
+	live := b.post(alice, second)
+	if status, answer, _ := b.do(alice, "POST", vpn.SessionPath, fmt.Sprintf(`{"public_key":%q}`, base64.StdEncoding.EncodeToString(first[:]))); status != 409 {
+		t.Fatalf("%d %s", status, answer)
+	}
+	if l := b.store.List(); len(l) != 1 || l[0].ID.String() != live.ID {
+		t.Errorf("live after the refusal: %v", l)
+	}
+}
+
+func TestSessionsOfOneCertificateArePaced(t *testing.T) {
+	p := pace{next: map[[32]byte]time.Time{}}
+	now := time.Unix(1e9, 0)
+	begun := 0
+	for range 100 {
+		if p.wait([32]byte{1}, now) == 0 {
+			begun++
 		}
 	}
-	if open != perSource {
-		t.Errorf("%d connections stayed open, want %d", open, perSource)
+	if begun != sessionBurst+1 {
+		t.Errorf("%d at once, want %d", begun, sessionBurst+1)
+	}
+	if w := p.wait([32]byte{1}, now); w <= 0 || w > sessionEvery {
+		t.Errorf("wait %v", w)
+	}
+	if p.wait([32]byte{2}, now) != 0 || p.wait([32]byte{1}, now.Add(sessionEvery)) != 0 {
+		t.Error("want another certificate, and the same later, to go on")
+	}
+}
+
+func TestConnectionsAreCappedAndSomeReservedForTokens(t *testing.T) {
+	l := newCapped(nil, func(a netip.Addr) bool { return a == netip.MustParseAddr("192.0.2.1") })
+	took := func(a string) bool { return l.take(netip.MustParseAddr(a)) }
+	n := 0
+	for took("192.0.2.9") {
+		n++
+	}
+	if n != perSource {
+		t.Errorf("one source holds %d connections, want %d", n, perSource)
+	}
+	for i := 0; l.pending < unfinished-reserved; i++ {
+		took(fmt.Sprintf("2001:db8::%x", i/perSource))
+	}
+	if took("198.51.100.1") {
+		t.Error("who did not knock by token got a reserved handshake")
+	}
+	if !took("192.0.2.1") {
+		t.Error("who knocked by token got none")
 	}
 }
 

@@ -1,27 +1,44 @@
 package gate
 
 import (
+	"crypto/tls"
+	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
+	"strings"
 	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/time/rate"
 )
 
 // Connections an outsider can hold: he needs an open window for the first, and no administrator needs this many.
 const (
 	perSource = 32
-	overall   = 4096
+	// Without a finished handshake, which may buffer a quarter of a megabyte each: so many in all, and half of them for
+	// sources that knocked by token. Whoever knows a sequence, which is no secret for long, cannot shut the others out.
+	unfinished = 256
+	reserved   = unfinished / 2
+	overall    = 4096
 )
 
 // capped bounds connections at a time, for each source and for all together. One too many is closed before its TLS
 // handshake.
 type capped struct {
 	net.Listener
-	mu    sync.Mutex
-	held  map[netip.Addr]int
-	total int
+	known func(netip.Addr) bool
+
+	mu      sync.Mutex
+	held    map[netip.Addr]int
+	total   int
+	pending int // of total: the handshake is not finished
 }
 
-func newCapped(l net.Listener) *capped { return &capped{Listener: l, held: map[netip.Addr]int{}} }
+func newCapped(l net.Listener, known func(netip.Addr) bool) *capped {
+	return &capped{Listener: l, known: known, held: map[netip.Addr]int{}}
+}
 
 func (l *capped) Accept() (net.Conn, error) {
 	for {
@@ -31,7 +48,7 @@ func (l *capped) Accept() (net.Conn, error) {
 		}
 		source := addrPort(c.RemoteAddr()).Addr()
 		if l.take(source) {
-			return &counted{Conn: c, done: func() { l.put(source) }}, nil
+			return &counted{Conn: c, list: l, source: source}, nil
 		}
 		c.Close()
 	}
@@ -40,31 +57,46 @@ func (l *capped) Accept() (net.Conn, error) {
 func (l *capped) take(a netip.Addr) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.held[a] >= perSource || l.total >= overall {
+	if l.held[a] >= perSource || l.total >= overall || l.pending >= unfinished || l.pending >= unfinished-reserved && !l.known(a) {
 		return false
 	}
 	l.held[a]++
 	l.total++
+	l.pending++
 	return true
-}
-
-func (l *capped) put(a netip.Addr) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.total--
-	if l.held[a]--; l.held[a] == 0 {
-		delete(l.held, a)
-	}
 }
 
 type counted struct {
 	net.Conn
-	once sync.Once
-	done func()
+	list   *capped
+	source netip.Addr
+	state  atomic.Int32 // 0 in its handshake, 1 past it, 2 closed
+}
+
+// finished is the server's ConnState hook: a connection is active when its first request begins, past the handshake.
+func finished(c net.Conn, s http.ConnState) {
+	if t, ok := c.(*tls.Conn); ok && s == http.StateActive {
+		if n, ok := t.NetConn().(*counted); ok && n.state.CompareAndSwap(0, 1) {
+			n.list.mu.Lock()
+			n.list.pending--
+			n.list.mu.Unlock()
+		}
+	}
 }
 
 func (c *counted) Close() error {
-	c.once.Do(c.done)
+	if was := c.state.Swap(2); was != 2 {
+		l := c.list
+		l.mu.Lock()
+		l.total--
+		if was == 0 {
+			l.pending--
+		}
+		if l.held[c.source]--; l.held[c.source] == 0 {
+			delete(l.held, c.source)
+		}
+		l.mu.Unlock()
+	}
 	return c.Conn.Close()
 }
 
@@ -76,4 +108,48 @@ func addrPort(a net.Addr) netip.AddrPort {
 	}
 	p := t.AddrPort()
 	return netip.AddrPortFrom(p.Addr().Unmap(), p.Port())
+}
+
+// pace bounds new sessions of a certificate: each leaves its key behind for ever. Certificates are the operator's to give,
+// so the map is as long as his list.
+type pace struct {
+	mu   sync.Mutex
+	next map[[32]byte]time.Time
+}
+
+const (
+	sessionEvery = 5 * time.Second
+	sessionBurst = 20
+)
+
+// wait is how long a certificate must wait for its next session; zero: it may begin one now, which is counted.
+func (p *pace) wait(certificate [32]byte, now time.Time) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	next := p.next[certificate]
+	if floor := now.Add(-sessionBurst * sessionEvery); next.Before(floor) {
+		next = floor
+	}
+	if next.After(now) {
+		return next.Sub(now)
+	}
+	p.next[certificate] = next.Add(sessionEvery)
+	return 0
+}
+
+// fewLines logs what net/http has to say of handshakes that failed, a line a second: who has a window can fail as often
+// as he likes.
+type fewLines struct {
+	log        *slog.Logger
+	limit      *rate.Limiter
+	suppressed atomic.Int64
+}
+
+func (f *fewLines) Write(b []byte) (int, error) {
+	if !f.limit.Allow() {
+		f.suppressed.Add(1)
+		return len(b), nil
+	}
+	f.log.Info(strings.TrimSpace(string(b)), "suppressed", f.suppressed.Swap(0))
+	return len(b), nil
 }

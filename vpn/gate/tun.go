@@ -17,7 +17,7 @@ type admitting struct {
 	admit func(session.Session) bool
 
 	count   atomic.Int64
-	mu      sync.Mutex
+	mu      sync.RWMutex
 	pending map[[4]byte]session.Session
 }
 
@@ -34,6 +34,12 @@ func (a *admitting) Write(bufs [][]byte, offset int) (int, error) {
 }
 
 func (a *admitting) check(source [4]byte) {
+	a.mu.RLock()
+	_, ok := a.pending[source]
+	a.mu.RUnlock()
+	if !ok {
+		return // someone else is pending
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock() // held over admit: the session may not end between
 	s, ok := a.pending[source]

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/crypto/curve25519"
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
 
@@ -31,6 +32,7 @@ type Door interface {
 // peer exists, its address is not admitted until the first packet that came through its keys, since whoever asked for it
 // may have named someone else's key.
 type Tunnel struct {
+	keys  [2][32]byte // private, public
 	dev   *device.Device
 	bind  *vpn.Bind
 	inner *admitting
@@ -38,7 +40,7 @@ type Tunnel struct {
 	log   *slog.Logger
 	wake  chan struct{} // a session was admitted: its endpoint is known now
 
-	mu    sync.Mutex
+	mu    sync.Mutex // also over what is told the door of endpoints, so that it never gets there in another order
 	peers map[session.Key]*peer
 }
 
@@ -49,7 +51,11 @@ type peer struct {
 
 // NewTunnel starts WireGuard on a TUN device. The private key is the server's static one.
 func NewTunnel(cfg Config, private session.Key, dev tun.Device, door Door, log *slog.Logger) (*Tunnel, error) {
-	t := &Tunnel{bind: vpn.NewBind(), door: door, log: log, wake: make(chan struct{}, 1), peers: map[session.Key]*peer{}}
+	public, err := curve25519.X25519(private[:], curve25519.Basepoint)
+	if err != nil {
+		return nil, fmt.Errorf("the tunnel's private key: %w", err)
+	}
+	t := &Tunnel{keys: [2][32]byte{private, [32]byte(public)}, bind: vpn.NewBind(), door: door, log: log, wake: make(chan struct{}, 1), peers: map[session.Key]*peer{}}
 	t.inner = &admitting{Device: dev, admit: t.admit, pending: map[[4]byte]session.Session{}}
 	quiet := &device.Logger{Verbosef: device.DiscardLogf, Errorf: func(format string, args ...any) {
 		log.Debug("wireguard: " + fmt.Sprintf(format, args...))
@@ -101,13 +107,32 @@ func (t *Tunnel) remove(s session.Session) {
 		t.log.Error("address not dismissed", "session", s.ID, "address", s.Address, "err", err)
 	}
 	t.mu.Lock()
-	p := t.peers[s.PublicKey]
-	delete(t.peers, s.PublicKey)
-	t.mu.Unlock()
-	if p != nil && p.endpoint.IsValid() {
-		if err := t.door.RemovePeer(p.endpoint); err != nil {
-			t.log.Error("endpoint not removed", "session", s.ID, "endpoint", p.endpoint, "err", err)
+	defer t.mu.Unlock()
+	if p := t.peers[s.PublicKey]; p != nil {
+		t.moveLocked(p, netip.AddrPort{}, time.Time{})
+		delete(t.peers, s.PublicKey)
+	}
+}
+
+// moveLocked tells the door of a peer's endpoint, and takes out the one it had unless another peer is there too.
+func (t *Tunnel) moveLocked(p *peer, to netip.AddrPort, until time.Time) {
+	old := p.endpoint
+	p.endpoint = to
+	if to.IsValid() {
+		if err := t.door.AddPeer(to, until); err != nil {
+			t.log.Error("endpoint not written", "session", p.session.ID, "endpoint", to, "err", err)
 		}
+	}
+	if !old.IsValid() || old == to {
+		return
+	}
+	for _, other := range t.peers {
+		if other.endpoint == old {
+			return
+		}
+	}
+	if err := t.door.RemovePeer(old); err != nil {
+		t.log.Error("endpoint not removed", "session", p.session.ID, "endpoint", old, "err", err)
 	}
 }
 
@@ -130,8 +155,12 @@ func (t *Tunnel) admit(s session.Session) bool {
 const handshakeWait = 500 * time.Millisecond
 
 // Handshake lets the device answer an initiation that came in a request of outer, and returns its response; nil where
-// the initiation is not one of a known peer for this server's key, is a replay, or the device is under load.
-func (t *Tunnel) Handshake(ctx context.Context, initiation []byte, outer netip.AddrPort) []byte {
+// the initiation is not one of the key given for this server's, is a replay, or the device is under load. Another peer's
+// initiation goes no further: it would move that peer's endpoint to this request.
+func (t *Tunnel) Handshake(ctx context.Context, key session.Key, initiation []byte, outer netip.AddrPort) []byte {
+	if from, ok := initiator(initiation, t.keys[0], t.keys[1]); !ok || from != key {
+		return nil
+	}
 	flight := vpn.NewFlight(outer)
 	if err := t.bind.Inject(initiation, flight); err != nil {
 		return nil
@@ -179,32 +208,20 @@ func (t *Tunnel) Run(ctx context.Context) error {
 	}
 }
 
-// follow writes endpoints to the door, and takes out the ones they replace.
+// follow writes endpoints to the door.
 func (t *Tunnel) follow(endpoints map[session.Key]status, now time.Time) {
 	for key, e := range endpoints {
 		t.mu.Lock()
-		p := t.peers[key]
-		var old netip.AddrPort
-		if p != nil {
-			old = p.endpoint
-			p.endpoint = e.endpoint
-		}
-		t.mu.Unlock()
-		until := e.handshake.Add(endpointLife)
-		if p == nil || !until.After(now) {
-			continue
-		}
-		if p.session.Expires.Before(until) {
-			until = p.session.Expires
-		}
-		if err := t.door.AddPeer(e.endpoint, until); err != nil {
-			t.log.Error("endpoint not written", "session", p.session.ID, "endpoint", e.endpoint, "err", err)
-		}
-		if old.IsValid() && old != e.endpoint {
-			if err := t.door.RemovePeer(old); err != nil {
-				t.log.Error("endpoint not removed", "session", p.session.ID, "endpoint", old, "err", err)
+		if p := t.peers[key]; p != nil {
+			until := e.handshake.Add(endpointLife)
+			if p.session.Expires.Before(until) {
+				until = p.session.Expires
+			}
+			if until.After(now) {
+				t.moveLocked(p, e.endpoint, until)
 			}
 		}
+		t.mu.Unlock()
 	}
 }
 

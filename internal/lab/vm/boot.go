@@ -24,17 +24,17 @@ var initScript []byte
 
 // report is what a machine said.
 type report struct {
-	kernel, nft string
-	order       []string // of tests as they began
-	results     map[string]string
-	ended       bool // the payload came to its end
-	err         error
+	suite, kernel, nft string
+	order              []string          // of tests as they began
+	results            map[string]string // PASS, FAIL or SKIP, and how long it took
+	ended              bool              // the payload came to its end
+	err                error
 }
 
 func (r *report) fail(err error) { r.err = errors.Join(r.err, err) }
 
-// A test's own line, not those of its parts, which are indented. The shell's test has a name of two words.
-var resultLine = regexp.MustCompile(`^--- ([A-Z]+): (.+) \((.+)\)$`)
+// A test's own line, not those of its parts, which are indented. What init.sh does itself has no time.
+var resultLine = regexp.MustCompile(`^--- ([A-Z]+): (.+?)( \(.+\))?$`)
 
 func (r *report) line(line string) {
 	if name, ok := strings.CutPrefix(line, "=== RUN   "); ok && !strings.Contains(name, "/") {
@@ -43,7 +43,7 @@ func (r *report) line(line string) {
 		return
 	}
 	if m := resultLine.FindStringSubmatch(line); m != nil {
-		r.results[m[2]] = m[1] + " " + m[3]
+		r.results[m[2]] = m[1] + m[3]
 		return
 	}
 	rest, ok := strings.CutPrefix(line, "test-vm ")
@@ -81,7 +81,7 @@ func (m machine) boot(ctx context.Context, payload []file, out io.Writer) (*repo
 	console := filepath.Join(dir, "console")
 	var complaint bytes.Buffer
 	// The kernel talks on the first serial port, the tests on the second, so that neither cuts the other's lines.
-	qemu := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "kvm", "-accel", "tcg,thread=multi",
+	qemu := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg,thread=multi",
 		"-cpu", "max,la57=off", "-smp", "2", "-m", "768", "-nodefaults", "-display", "none", "-no-reboot",
 		"-kernel", m.kernel, "-initrd", initrd, "-append", "console=ttyS0 loglevel=4 panic=-1 mitigations=off",
 		"-serial", "file:"+console, "-serial", "stdio")

@@ -24,7 +24,7 @@ const packages = "linux-image-cloud-amd64,tiny-initramfs,kmod,busybox-static,bas
 var pruned = []string{
 	"usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "usr/share/perl", "usr/lib/x86_64-linux-gnu/perl*",
 	"usr/lib/x86_64-linux-gnu/gconv", "var", "boot/System.map*",
-	"lib/modules/*/kernel/fs", "lib/modules/*/kernel/drivers/[!n]*", "lib/modules/*/kernel/drivers/net/ethernet",
+	"lib/modules/*/kernel/fs", "lib/modules/*/kernel/drivers/[^n]*", "lib/modules/*/kernel/drivers/net/ethernet",
 }
 
 // machine is a Debian release as qemu boots it.

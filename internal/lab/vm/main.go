@@ -1,17 +1,19 @@
 //go:build linux
 
 // Command vm runs the firewall's tests and `perimeterd check` on the kernels of Debian 12 and 13, each with the nft of its
-// release, in virtual machines without network. `make test-vm` runs it as root, after building what it carries in. Without
-// KVM a machine is emulated, some ten times slower; nothing here asserts a time.
+// release, in virtual machines without network. `make test-vm` runs it as root, after building what it carries in. The
+// machines are emulated, some ten times slower than a real one, so that they run anywhere, inside other machines too.
 //
-// The machines are packages of Debian, unpacked and never installed, kept in .cache/vm: remove that for newer ones.
+// They are packages of Debian, unpacked and never installed, kept in .cache/vm: remove that for newer ones.
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -29,6 +31,9 @@ type release struct{ suite, kernel string }
 
 var releases = [...]release{{"bookworm", "6.1."}, {"trixie", "6.12."}}
 
+// limit is for one machine, from power-on to power-off.
+const limit = 10 * time.Minute
+
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -41,7 +46,6 @@ func main() {
 func run(ctx context.Context) error {
 	suite := flag.String("suite", "", "only this `RELEASE`: bookworm or trixie")
 	tests := flag.String("run", ".", "only tests that match `REGEXP`")
-	limit := flag.Duration("limit", 10*time.Minute, "for one machine, from power-on to power-off")
 	flag.Parse()
 
 	load, err := payload(*tests)
@@ -58,24 +62,25 @@ func run(ctx context.Context) error {
 			return fmt.Errorf("%s: %w", r.suite, err)
 		}
 		fmt.Printf("\n== Debian %s\n", r.suite)
-		bounded, cancel := context.WithTimeout(ctx, *limit)
+		bounded, cancel := context.WithTimeout(ctx, limit)
 		rep, err := m.boot(bounded, load, os.Stdout)
 		cancel()
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
+		rep.suite = r.suite
 		if err == nil && !strings.HasPrefix(rep.kernel, r.kernel) {
 			err = fmt.Errorf("its kernel is %q: want %s*", rep.kernel, r.kernel)
 		}
 		if err != nil {
-			rep.fail(fmt.Errorf("%s: %w", r.suite, err))
+			rep.fail(err)
 		}
 		reports = append(reports, rep)
 	}
 	if len(reports) == 0 {
 		return fmt.Errorf("-suite %q: there are bookworm and trixie", *suite)
 	}
-	return summarize(reports)
+	return summarize(os.Stdout, reports)
 }
 
 // payload is what every machine gets besides its packages: the tests, the daemon, and the program that runs them.
@@ -100,45 +105,32 @@ func payload(tests string) ([]file, error) {
 	return append(files, file{"payload/doc.go", 0o644, doc}), nil
 }
 
-// summarize prints what became of each test on each kernel, and fails if one did not pass.
-func summarize(reports []*report) error {
-	var names []string
+// summarize prints what became of each test on each kernel, and fails unless all of them passed everywhere.
+func summarize(out io.Writer, reports []*report) error {
 	var errs []error
+	names := []string{"Debian", "kernel", "nftables"}
 	for _, r := range reports {
-		errs = append(errs, r.err)
+		r.results["Debian"], r.results["kernel"], r.results["nftables"] = r.suite, r.kernel, r.nft
 		for _, name := range r.order {
 			if !slices.Contains(names, name) {
 				names = append(names, name)
 			}
 		}
+		if r.err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", r.suite, r.err))
+		}
 	}
-	fmt.Println()
-	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprint(w, "kernel")
-	for _, r := range reports {
-		fmt.Fprint(w, "\t", r.kernel)
-	}
-	fmt.Fprint(w, "\nnftables")
-	for _, r := range reports {
-		fmt.Fprint(w, "\t", r.nft)
-	}
-	fmt.Fprintln(w)
-	for _, name := range names {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	for i, name := range names {
 		fmt.Fprint(w, name)
 		for _, r := range reports {
-			result, ok := r.results[name]
-			if !ok {
-				result = "did not run"
-			}
+			result := cmp.Or(r.results[name], "did not run")
 			fmt.Fprint(w, "\t", result)
-			if !strings.HasPrefix(result, "PASS") {
-				errs = append(errs, fmt.Errorf("%s on %s: %s", name, r.kernel, result))
+			if i >= 3 && !strings.HasPrefix(result, "PASS") {
+				errs = append(errs, fmt.Errorf("%s: %s: %s", r.suite, name, result))
 			}
 		}
 		fmt.Fprintln(w)
 	}
-	if err := w.Flush(); err != nil {
-		return err
-	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, w.Flush())...)
 }
