@@ -1,9 +1,6 @@
 package configs
 
-import (
-	"fmt"
-	"slices"
-)
+import "fmt"
 
 // refuseMissing refuses every key that asks for something this version does not do. To ignore it would leave a door open
 // that the operator believes closed, or closed that he believes open. A feature that arrives takes its line out.
@@ -16,12 +13,7 @@ func (p *parser) refuseMissing() {
 		way    string // out
 	}{
 		{"tunnel.backend", r.Tunnel.Backend, r.Tunnel.Backend == "userspace", `write "userspace"`},
-		{"tunnel.service", "", len(r.Tunnel.Service) == 0, "remove the table: sessions reach the proxy only"},
 		{"session.status_file", r.Session.StatusFile, r.Session.StatusFile == "", "leave it empty and ask `perimeterd sessions`"},
-		{"knock.trusted", r.Knock.Trusted, len(r.Knock.Trusted) == 0, "leave it empty: everybody knocks"},
-		{"firewall.mode", r.Firewall.Mode, r.Firewall.Mode == "guard", `write "guard" and keep the host's own firewall`},
-		{"firewall.allow", r.Firewall.Allow, slices.Equal(r.Firewall.Allow, []string{"22/tcp"}),
-			"remove it: guard mode decides our own ports only"},
 		{"proxy.per_user_bandwidth", r.Proxy.PerUserBandwidth, r.Proxy.PerUserBandwidth == "", "leave it empty"},
 		{"identity.ca_key", r.Identity.CAKey, r.Identity.CAKey != "", "write \"pki/ca.key\", the CA of `perimeterd init`"},
 		{"identity.crl", r.Identity.CRL, r.Identity.CRL == "", "leave it empty: the built-in CA needs none"},

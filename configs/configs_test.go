@@ -55,7 +55,7 @@ func TestReferenceIsValidAsItStands(t *testing.T) {
 		c.ControlSocket() != "/run/perimeterd/control.sock" || !c.Knock.Tokens || c.Knock.Step != 30*time.Second ||
 		!reflect.DeepEqual(c.Firewall.InnerPorts, []uint16{3128, 80}) || !reflect.DeepEqual(c.Firewall.GatePorts, []uint16{1194}) ||
 		len(c.Firewall.Sequences) != 1 || c.Firewall.Sequences[0].Ports[1] != (knock.Port{Proto: knock.TCP, Number: 19044}) ||
-		c.Firewall.StepTimeout != 10*time.Second || len(c.Proxy.Rules) != 2 || c.Proxy.Rules[1].Allow[0] != "@aws" {
+		c.Firewall.Sequences[0].Timeout != 10*time.Second || len(c.Proxy.Rules) != 2 || c.Proxy.Rules[1].Allow[0] != "@aws" {
 		t.Fatalf("%+v", c)
 	}
 }
@@ -126,15 +126,20 @@ func TestBadConfigurations(t *testing.T) {
 			f + `:5: knock.sequence "b": port 1194/udp is used by a service here, whose traffic would be a knock: choose a free port`},
 		{"one name twice", minimal + "[[knock.sequence]]\nname = \"a\"\nports = [\"7001\", \"19\", \"9\"]\n[[knock.sequence]]\nname = \"a\"\nports = [\"8001\", \"19\", \"9\"]\n",
 			f + `:7: knock.sequence "a": the name is used twice: choose another`},
-		{"timeouts that differ", minimal + "[[knock.sequence]]\nname = \"a\"\nports = [\"7001\", \"19\", \"9\"]\n[[knock.sequence]]\nname = \"b\"\nports = [\"8001\", \"19\", \"9\"]\ntimeout = \"5s\"\n",
-			f + `:9: knock.sequence "b": timeout 5s, "a" has 10s; the kernel keeps one for all: make them the same`},
+		{"a timeout that is none", minimal + "[[knock.sequence]]\nname = \"a\"\nports = [\"7001\", \"19\", \"9\"]\ntimeout = \"2m\"\n",
+			f + `:6: knock.sequence "a": timeout "2m": want 1s to 1m`},
+		{"what host mode does not understand", minimal + "[firewall]\nmode = \"shut\"\nallow = [\"22\", \"80/tcp near 10.0.0.1\"]\n",
+			f + ":4: firewall.mode \"shut\": want guard or host\n" +
+				f + ":5: firewall.allow \"22\": protocol \"\" is not tcp, udp or icmp: write it as in \"22/tcp\", \"8000-8010/udp from 198.51.100.0/24 on eth1\" or \"icmp\"\n" +
+				f + ":5: firewall.allow \"80/tcp near 10.0.0.1\": \"near 10.0.0.1\" is not understood: write it as in \"22/tcp\", \"8000-8010/udp from 198.51.100.0/24 on eth1\" or \"icmp\""},
+		{"a service for nobody", minimal + "[[tunnel.service]]\nport = 22\n", f + `:3: tunnel.service 1: port 22 is for no group: name some, or "*" for everybody`},
 		{"a port that is none", minimal + "[[knock.sequence]]\nname = \"a\"\nports = [\"7001\", \"19/icmp\", \"0\"]\nuser = \"Al\"\n",
 			f + ":5: knock.sequence \"a\": port \"19/icmp\": protocol \"icmp\" is neither tcp nor udp: write 19044 or 19044/udp\n" +
 				f + ":5: knock.sequence \"a\": port \"0\": want a number from 1 to 65535, as in 19044 or 19044/udp\n" +
 				f + ":6: knock.sequence \"a\": user \"Al\": not a name: want 1 to 64 of a-z 0-9 . _ - with a letter or digit first"},
 		{"no way to knock", minimal + "[knock]\ntokens = false\n",
 			f + `:4: knock.tokens false: and there is no knock.sequence, so nobody could knock: allow one of the two`},
-		{"a step too short for clocks", minimal + "[knock]\nstep = \"1s\"\n", f + `:4: knock.step "1s": want 5s to 10m`},
+		{"a step too short for clocks", minimal + "[knock]\nstep = \"1s\"\n", f + `:4: knock.step "1s": want 5s to 45s`},
 		{"an IPv6 tunnel", minimal + "[tunnel]\nnetwork = \"fd00::/64\"\n",
 			f + `:4: tunnel.network "fd00::/64": want an IPv4 network from /8 to /28, as in 10.77.0.0/16`},
 		{"host bits", minimal + "[tunnel]\nnetwork = \"10.77.0.1/16\"\n",
@@ -167,15 +172,8 @@ func TestBadConfigurations(t *testing.T) {
 				f + ":11: proxy.rule 3: group \"A B\": not a name: want 1 to 64 of a-z 0-9 . _ - with a letter or digit first"},
 		{"what is not in this version", minimal + `[tunnel]
 backend = "kernel"
-[[tunnel.service]]
-port = 22
 [session]
 status_file = "/run/status"
-[knock]
-trusted = ["198.51.100.0/24"]
-[firewall]
-mode = "host"
-allow = ["80/tcp"]
 [proxy]
 per_user_bandwidth = "200Mbit"
 [identity]
@@ -191,19 +189,15 @@ squid_access_log = "/var/log/squid.log"
 audit_keep = "10d"
 `,
 			f + ":4: tunnel.backend \"kernel\": not in this version: write \"userspace\"\n" +
-				f + ":5: tunnel.service: not in this version: remove the table: sessions reach the proxy only\n" +
-				f + ":8: session.status_file \"/run/status\": not in this version: leave it empty and ask `perimeterd sessions`\n" +
-				f + ":10: knock.trusted [\"198.51.100.0/24\"]: not in this version: leave it empty: everybody knocks\n" +
-				f + ":12: firewall.mode \"host\": not in this version: write \"guard\" and keep the host's own firewall\n" +
-				f + ":13: firewall.allow [\"80/tcp\"]: not in this version: remove it: guard mode decides our own ports only\n" +
-				f + ":15: proxy.per_user_bandwidth \"200Mbit\": not in this version: leave it empty\n" +
-				f + ":17: identity.ca_key \"\": not in this version: write \"pki/ca.key\", the CA of `perimeterd init`\n" +
-				f + ":18: identity.crl \"crl.pem\": not in this version: leave it empty: the built-in CA needs none\n" +
-				f + ":19: identity.allowed \"dns.txt\": not in this version: leave it empty: the users of `perimeterd user list` are allowed\n" +
-				f + ":21: console.metrics \"127.0.0.1:9617\": not in this version: leave it empty\n" +
-				f + ":23: store.etcd [\"http://127.0.0.1:2379\"]: not in this version: leave it empty: the state stays on this host\n" +
-				f + ":25: log.squid_access_log \"/var/log/squid.log\": not in this version: leave it empty: the log has every request\n" +
-				f + ":26: log.audit_keep \"10d\": not in this version: remove it: the journal keeps the log"},
+				f + ":6: session.status_file \"/run/status\": not in this version: leave it empty and ask `perimeterd sessions`\n" +
+				f + ":8: proxy.per_user_bandwidth \"200Mbit\": not in this version: leave it empty\n" +
+				f + ":10: identity.ca_key \"\": not in this version: write \"pki/ca.key\", the CA of `perimeterd init`\n" +
+				f + ":11: identity.crl \"crl.pem\": not in this version: leave it empty: the built-in CA needs none\n" +
+				f + ":12: identity.allowed \"dns.txt\": not in this version: leave it empty: the users of `perimeterd user list` are allowed\n" +
+				f + ":14: console.metrics \"127.0.0.1:9617\": not in this version: leave it empty\n" +
+				f + ":16: store.etcd [\"http://127.0.0.1:2379\"]: not in this version: leave it empty: the state stays on this host\n" +
+				f + ":18: log.squid_access_log \"/var/log/squid.log\": not in this version: leave it empty: the log has every request\n" +
+				f + ":19: log.audit_keep \"10d\": not in this version: remove it: the journal keeps the log"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -222,11 +216,11 @@ audit_keep = "10d"
 func TestKeysMayBeWrittenAsTOMLAllows(t *testing.T) {
 	c := mustParse(t, "gate.endpoint = \"[2001:db8::1]:443\"\n"+
 		"session = {limit = 10, devices = 3}\nknock.sequence = [{name = \"a\", ports = [\"7001:tcp\", \"19/udp\", \"9\"], timeout = \"3s\", user = \"alice\"}]\n")
-	if c.Gate.Endpoint != "[2001:db8::1]:1194" || c.Gate.Limit != 10 || c.Firewall.StepTimeout != 3*time.Second || c.Knock.Users[0] != "alice" {
+	if c.Gate.Endpoint != "[2001:db8::1]:1194" || c.Gate.Limit != 10 || c.Firewall.Sequences[0].Timeout != 3*time.Second || c.Knock.Users[0] != "alice" {
 		t.Fatalf("%+v", c)
 	}
 	_, err := Parse("f", []byte("gate.endpoint = \"h:1\"\nsession = {limit = 0}\nknock.sequence = [\n{name = \"a\", ports = [\"1\"]}]\n"))
-	want := "f:2: session.limit 0: want 1 to 4194304\nf:3: knock.sequence \"a\": 1 ports; a chance hit is likely: use at least 3"
+	want := "f:2: session.limit 0: want 1 to 60000\nf:3: knock.sequence \"a\": 1 ports; a chance hit is likely: use at least 3"
 	if err == nil || err.Error() != want {
 		t.Fatalf("got\n%v\nwant\n%s", err, want)
 	}

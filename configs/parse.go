@@ -170,7 +170,7 @@ func (p *parser) config() *Config {
 		MTU:                p.number("tunnel.mtu", r.Tunnel.MTU, 1280, 1420),
 		Keepalive:          p.duration("tunnel.keepalive", r.Tunnel.Keepalive, time.Second, time.Hour),
 		Max:                p.duration("session.max", r.Session.Max, time.Minute, 30*24*time.Hour),
-		Limit:              p.number("session.limit", r.Session.Limit, 1, 1<<22),
+		Limit:              p.number("session.limit", r.Session.Limit, 1, 60000),
 		Devices:            p.number("session.devices", r.Session.Devices, 1, 1<<10),
 		Proxy:              netip.AddrPortFrom(server, proxyPort),
 		Console:            netip.AddrPortFrom(server, consolePort),
@@ -190,13 +190,14 @@ func (p *parser) config() *Config {
 	}
 
 	c.Firewall = firewall.Config{
-		Mode: firewall.Guard, GatePorts: gatePorts, TunnelPort: tunnelPort, Interface: r.Tunnel.Interface, Network: network,
+		GatePorts: gatePorts, TunnelPort: tunnelPort, Interface: r.Tunnel.Interface, Network: network,
 		InnerPorts:   []uint16{proxyPort, consolePort},
 		Window:       p.duration("knock.window", r.Knock.Window, time.Second, time.Hour),
 		LogGroup:     uint16(p.number("knock.log_group", r.Knock.LogGroup, 0, 65535)),
 		AllowPrivate: p.prefixes("proxy.allow_private", r.Proxy.AllowPrivate),
 		EgressIPv6:   r.Egress.IPv6,
 	}
+	p.firewall(c)
 	p.knock(c)
 
 	c.Proxy = proxy.Config{

@@ -7,9 +7,11 @@ import (
 	"strings"
 	"time"
 
+	"perimeterd/firewall"
 	"perimeterd/internal/identity"
 	"perimeterd/knock"
 	"perimeterd/proxy"
+	"perimeterd/vpn/gate"
 )
 
 // knock checks [knock] and writes it into c, whose ports are known already.
@@ -17,18 +19,22 @@ func (p *parser) knock(c *Config) {
 	r := p.raw.Knock
 	c.Knock = Knock{
 		Tokens:   r.Tokens,
-		Step:     p.duration("knock.step", r.Step, knock.MinStep, 10*time.Minute),
+		Step:     p.duration("knock.step", r.Step, knock.MinStep, firewall.MaxStep),
 		Window:   c.Firewall.Window,
 		LogGroup: c.Firewall.LogGroup,
 	}
 	c.Firewall.Step = c.Knock.Step
-	c.Firewall.StepTimeout = 10 * time.Second
 	if !r.Tokens && len(r.Sequence) == 0 {
 		p.bad("knock.tokens", "knock.tokens false: and there is no knock.sequence, so nobody could knock: allow one of the two")
 	}
 	taken := []knock.Port{{Proto: knock.UDP, Number: c.Firewall.TunnelPort}}
 	for _, n := range c.Firewall.GatePorts {
 		taken = append(taken, knock.Port{Proto: knock.TCP, Number: n})
+	}
+	for _, a := range c.Firewall.Allow {
+		for n := uint32(a.First); a.Proto != firewall.ICMP && n <= uint32(a.Last); n++ {
+			taken = append(taken, knock.Port{Proto: a.Proto, Number: uint16(n)})
+		}
 	}
 	for i, s := range r.Sequence {
 		at := func(name string) string { return key("knock.sequence", i, name) }
@@ -47,13 +53,7 @@ func (p *parser) knock(c *Config) {
 				p.bad(at("user"), "knock.sequence %q: %v", s.Name, err)
 			}
 		}
-		timeout := p.sequenceTimeout(at("timeout"), s)
-		if i == 0 {
-			c.Firewall.StepTimeout = timeout
-		} else if timeout != c.Firewall.StepTimeout {
-			p.bad(at("timeout"), "knock.sequence %q: timeout %s, %q has %s; the kernel keeps one for all: make them the same",
-				s.Name, formatDuration(timeout), r.Sequence[0].Name, formatDuration(c.Firewall.StepTimeout))
-		}
+		seq.Timeout = p.sequenceTimeout(at("timeout"), s)
 		if len(p.problems) > before {
 			continue
 		}
@@ -75,12 +75,37 @@ func (p *parser) sequenceTimeout(key string, s rawSequence) time.Duration {
 	d, err := ParseDuration(s.Timeout)
 	if err != nil {
 		p.bad(key, "knock.sequence %q: timeout %v", s.Name, err)
-		return 10 * time.Second
+		return knock.DefaultTimeout
 	}
 	if d < time.Second || d > time.Minute {
 		p.bad(key, "knock.sequence %q: timeout %q: want 1s to 1m", s.Name, s.Timeout)
 	}
 	return d
+}
+
+// firewall checks [firewall] and what else says who may pass, and writes it into c.
+func (p *parser) firewall(c *Config) {
+	p.oneOf("firewall.mode", p.raw.Firewall.Mode, string(firewall.Guard), string(firewall.Host))
+	c.Firewall.Mode = firewall.Mode(p.raw.Firewall.Mode)
+	for _, s := range p.raw.Firewall.Allow {
+		a, err := firewall.ParseAllow(s)
+		if err != nil {
+			p.bad("firewall.allow", "firewall.allow %v", err)
+			continue
+		}
+		c.Firewall.Allow = append(c.Firewall.Allow, a)
+	}
+	c.Firewall.Trusted = p.prefixes("knock.trusted", p.raw.Knock.Trusted)
+	for i, s := range p.raw.Tunnel.Service {
+		if s.Port < 1 || s.Port > 65535 {
+			p.bad(key("tunnel.service", i, "port"), "tunnel.service %d: port %d: want 1 to 65535", i+1, s.Port)
+			continue
+		}
+		if len(s.Groups) == 0 {
+			p.bad(key("tunnel.service", i, "groups"), "tunnel.service %d: port %d is for no group: name some, or \"*\" for everybody", i+1, s.Port)
+		}
+		c.Gate.Services = append(c.Gate.Services, gate.Service{Port: uint16(s.Port), Groups: s.Groups})
+	}
 }
 
 // rules checks of [[proxy.rule]] what the proxy's own types cannot say.

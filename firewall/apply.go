@@ -55,6 +55,9 @@ func (f *Firewall) Apply(cfg Config) (fresh bool, err error) {
 		}
 		f.restore = f.restore || handles != f.handles
 	}
+	if cfg.Mode != Guard && cfg.Mode != Host {
+		return false, fmt.Errorf("firewall.mode %q: want %q or %q", cfg.Mode, Guard, Host)
+	}
 	if fresh, err = f.claimLocked(); err != nil {
 		return false, err
 	}
@@ -197,7 +200,7 @@ func (f *Firewall) writeLocked(cfg Config) error {
 	if err := f.commitLocked(func(c *nftables.Conn) error {
 		b := &builder{conn: c, table: newTable(), sets: map[string]*nftables.Set{}, names: map[string]*nftables.Chain{}}
 		c.FlushTable(b.table) // claimLocked made it; AddTable would say flags 0, and an owned table refuses that
-		b.declare()
+		b.declare(cfg)
 		b.build(cfg)
 		b.fill(cfg)
 		b.clean(chains, sets)
@@ -236,7 +239,7 @@ func (b *builder) clean(chains []*nftables.Chain, sets []*nftables.Set) {
 
 // fill replaces what the configuration alone decides: the automaton and what the daemon may reach.
 func (b *builder) fill(cfg Config) {
-	steps, ports := knock.Compile(cfg.Sequences)
+	steps, ports, _ := knock.Compile(cfg.Sequences)
 	var stepElements, portElements, reach []nftables.SetElement
 	for _, s := range steps {
 		stepElements = append(stepElements, nftables.SetElement{
@@ -257,7 +260,16 @@ func (b *builder) fill(cfg Config) {
 			reach = append(reach, reachElement(netip.PrefixFrom(r.Addr(), 32), r.Port(), r.Port()))
 		}
 	}
-	for name, elements := range map[string][]nftables.SetElement{"step": stepElements, "knockports": portElements, "reach": reach} {
+	var trusted4, trusted6 []netip.Prefix
+	for _, p := range disjoint(cfg.Trusted) {
+		if p.Addr().Is4() {
+			trusted4 = append(trusted4, p)
+		} else {
+			trusted6 = append(trusted6, p)
+		}
+	}
+	for name, elements := range map[string][]nftables.SetElement{"step": stepElements, "knockports": portElements, "reach": reach,
+		"trusted4": ranges(trusted4), "trusted6": ranges(trusted6)} {
 		b.conn.FlushSet(b.sets[name])
 		for part := range slices.Chunk(elements, chunk) {
 			if err := b.conn.SetAddElements(b.sets[name], part); err != nil && b.err == nil {

@@ -39,7 +39,7 @@ func BenchmarkAdmitAndDismiss(b *testing.B) {
 	until := time.Now().Add(time.Hour)
 	a := netip.MustParseAddr("10.77.0.2")
 	for b.Loop() {
-		if err := f.Admit(a, until); err != nil {
+		if err := f.Admit(a, nil, until); err != nil {
 			b.Fatal(err)
 		}
 		if err := f.Dismiss(a); err != nil {

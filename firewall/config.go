@@ -30,9 +30,10 @@ type Config struct {
 	Window       time.Duration
 	Step         time.Duration // of tokens
 	Sequences    []knock.Sequence
-	StepTimeout  time.Duration // between two knocks of a sequence
-	LogGroup     uint16        // NFLOG
-	GID          uint32        // whose outgoing connections the backstop judges
+	LogGroup     uint16         // NFLOG
+	GID          uint32         // whose outgoing connections the backstop judges
+	Allow        []Allow        // in host mode
+	Trusted      []netip.Prefix // sources that need no knock
 	AllowPrivate []netip.Prefix
 	Reach        []netip.AddrPort // private destinations that the daemon itself needs, such as resolvers
 	EgressIPv6   bool

@@ -49,6 +49,10 @@
 //		set pace4 { type ipv4_addr; flags dynamic,timeout; size 65536; timeout 10s; }
 //		set pace6 { type ipv6_addr; flags dynamic,timeout; size 65536; timeout 10s; }
 //
+//		# Sources that need no knock, which the configuration names.
+//		set trusted4 { type ipv4_addr; flags interval; }
+//		set trusted6 { type ipv6_addr; flags interval; }
+//
 //		# Private destinations that the daemon may still dial: proxy.allow_private, etcd.
 //		set reach { type ipv4_addr . inet_service; flags interval; }
 //
@@ -76,6 +80,8 @@
 //			ip6 saddr @open6 meta mark set 0x67617465 accept
 //			ip saddr @seq4 meta mark set 0x67617465 accept
 //			ip6 saddr @seq6 meta mark set 0x67617465 accept
+//			ip saddr @trusted4 meta mark set 0x67617465 accept
+//			ip6 saddr @trusted6 meta mark set 0x67617465 accept
 //			ip saddr . udp sport @peer4 meta mark set 0x67617465 accept
 //			ip6 saddr . udp sport @peer6 meta mark set 0x67617465 accept
 //			drop
@@ -172,5 +178,21 @@
 //			ip daddr { 0.0.0.0/8, 10.0.0.0/8, 100.64.0.0/10, 127.0.0.0/8, 169.254.0.0/16, 172.16.0.0/12, 192.0.0.0/24, 192.168.0.0/16, 198.18.0.0/15, 224.0.0.0/3 } reject
 //			meta nfproto ipv6 reject
 //		}
+//	}
+//
+// In host mode the policy of input is drop and its last rule is "goto host". With firewall.allow = ["22/tcp", "8000-8010/udp
+// from 198.51.100.0/24 on eth1", "icmp", "443/tcp from 2001:db8::/32"]:
+//
+//	chain host {
+//		ct state invalid drop
+//		ip6 hoplimit 255 icmpv6 type { nd-router-solicit, nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert } accept
+//		icmpv6 type { mld-listener-query, mld-listener-report, mld-listener-done, mld2-listener-report } accept
+//		udp sport 67 udp dport 68 accept
+//		ip6 saddr fe80::/10 udp sport 547 udp dport 546 accept
+//		tcp dport 22 accept
+//		iifname "eth1" ip saddr 198.51.100.0/24 udp dport 8000-8010 accept
+//		meta l4proto icmp accept
+//		meta l4proto ipv6-icmp accept
+//		ip6 saddr 2001:db8::/32 tcp dport 443 accept
 //	}
 package firewall

@@ -23,7 +23,7 @@ func drifting(t *testing.T) (r *room, spent, unspent knock.Token) {
 	if !r.accepted(r.Client.Addr) || len(r.seen()) != 1 {
 		t.Fatal("the token did not open")
 	}
-	if err := r.fw.Admit(netip.MustParseAddr("10.77.0.9"), soon()); err != nil {
+	if err := r.fw.Admit(netip.MustParseAddr("10.77.0.9"), []uint16{22}, soon()); err != nil {
 		t.Fatal(err)
 	}
 	return r, spent, unspent

@@ -21,9 +21,15 @@ func named(name string) *nftables.Set {
 	return &nftables.Set{Table: newTable(), Name: name, HasTimeout: true}
 }
 
-// Admit lets a tunnel address through to proxy and console until the time given.
-func (f *Firewall) Admit(a netip.Addr, until time.Time) error {
-	return f.change(func() { f.state.admitted[a] = until }, func(c *nftables.Conn, now time.Time) error {
+// Admit lets a tunnel address through to proxy and console until the time given, and to further TCP ports of the daemon's
+// tunnel address.
+func (f *Firewall) Admit(a netip.Addr, services []uint16, until time.Time) error {
+	return f.change(func() { f.state.admitted[a] = admission{services, until} }, func(c *nftables.Conn, now time.Time) error {
+		for _, port := range services {
+			if err := renew(c, "service", nftables.SetElement{Key: service(a, port), Timeout: until.Sub(now)}); err != nil {
+				return err
+			}
+		}
 		return renew(c, "admitted", nftables.SetElement{Key: a.AsSlice(), Timeout: until.Sub(now)})
 	})
 }
@@ -31,6 +37,11 @@ func (f *Firewall) Admit(a netip.Addr, until time.Time) error {
 // Dismiss takes Admit back. An address that is not admitted is no error.
 func (f *Firewall) Dismiss(a netip.Addr) error {
 	return f.change(func() { delete(f.state.admitted, a) }, func(c *nftables.Conn, _ time.Time) error {
+		for _, port := range f.state.admitted[a].services {
+			if err := remove(c, "service", nftables.SetElement{Key: service(a, port)}); err != nil {
+				return err
+			}
+		}
 		return remove(c, "admitted", nftables.SetElement{Key: a.AsSlice()})
 	})
 }
@@ -68,7 +79,7 @@ func (f *Firewall) ForgetSessions() error {
 	})
 }
 
-// change sends one small batch and, if the kernel took it, notes it in the mirror. When the table was deleted by another
+// change sends one small batch, built under the mutex, and, if the kernel took it, notes it in the mirror. When the table was deleted by another
 // tool meanwhile, the mirror is right all the same: the repair that follows writes it.
 func (f *Firewall) change(note func(), batch func(c *nftables.Conn, now time.Time) error) error {
 	f.mu.Lock()

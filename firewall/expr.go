@@ -94,21 +94,24 @@ func source4() match            { return join(ipv4(), saddr4()) }
 func source6() match            { return join(ipv6(), saddr6()) }
 func device(name string) []byte { b := make([]byte, unix.IFNAMSIZ); copy(b, name); return b }
 
-// in4 matches an address field (12 source, 16 destination) against a network. nft compares whole bytes without a mask;
-// so does this, for equal bytecode.
-func in4(field uint32, p netip.Prefix) match {
-	a := p.Masked().Addr().As4()
-	n := (p.Bits() + 7) / 8
-	m := join(ipv4(), header(field, uint32(n), regKey))
-	if p.Bits()%8 != 0 {
-		mask := make([]byte, n)
-		for i := range mask {
-			mask[i] = 0xff
-		}
-		mask[n-1] = byte(0xff << (8 - p.Bits()%8))
-		m = join(m, masked(mask))
+// in4 and in6 match an address field (in bytes from the network header) against a network. nft loads only the bytes that
+// count where these are whole, and masks the address where not; so does this, for equal bytecode.
+func in4(field uint32, p netip.Prefix) match { return join(ipv4(), within(field, p)) }
+func in6(field uint32, p netip.Prefix) match { return join(ipv6(), within(field, p)) }
+
+func within(field uint32, p netip.Prefix) match {
+	a := p.Masked().Addr().AsSlice()
+	switch n := p.Bits() / 8; {
+	case p.Bits() == 0:
+		return nil // everything
+	case p.Bits()%8 == 0:
+		return join(header(field, uint32(n), regKey), equal(a[:n]))
 	}
-	return join(m, equal(a[:n]))
+	mask := make([]byte, len(a))
+	for i := range p.Bits() {
+		mask[i/8] |= 0x80 >> (i % 8)
+	}
+	return join(header(field, uint32(len(a)), regKey), masked(mask), equal(a))
 }
 
 const tcpFlags = 0x17 // fin, syn, rst, ack (RFC 9293, 3.1)

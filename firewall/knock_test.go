@@ -412,7 +412,7 @@ func TestFlushedRulesetStaysClosedAndComesBack(t *testing.T) {
 	if !r.accepted(r.Client.Addr) || len(r.seen()) != 1 {
 		t.Fatal("the token did not open")
 	}
-	if err := r.fw.Admit(netip.MustParseAddr("10.77.0.9"), soon()); err != nil {
+	if err := r.fw.Admit(netip.MustParseAddr("10.77.0.9"), []uint16{22}, soon()); err != nil {
 		t.Fatal(err)
 	}
 	before, err := r.fw.Windows()

@@ -48,14 +48,19 @@ func (w Window) set() string {
 // mirror is what must come back when another tool deletes the table under a running daemon.
 type mirror struct {
 	windows  map[windowKey]Window
-	admitted map[netip.Addr]time.Time
+	admitted map[netip.Addr]admission
 	peers    map[netip.AddrPort]time.Time
 	spent    map[knock.Token]time.Time
 	lost     bool // openings were missed: any token of these steps may have been spent
 }
 
+type admission struct {
+	services []uint16
+	until    time.Time
+}
+
 func newMirror() mirror {
-	return mirror{map[windowKey]Window{}, map[netip.Addr]time.Time{}, map[netip.AddrPort]time.Time{},
+	return mirror{map[windowKey]Window{}, map[netip.Addr]admission{}, map[netip.AddrPort]time.Time{},
 		map[knock.Token]time.Time{}, false}
 }
 
@@ -71,8 +76,8 @@ func (m *mirror) prune(now time.Time) {
 			delete(m.spent, k)
 		}
 	}
-	for k, t := range m.admitted {
-		if !t.After(now) {
+	for k, a := range m.admitted {
+		if !a.until.After(now) {
 			delete(m.admitted, k)
 		}
 	}

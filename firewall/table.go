@@ -67,8 +67,7 @@ func (b *builder) chain(name string) {
 	b.names[name] = b.conn.AddChain(&nftables.Chain{Name: name, Table: b.table})
 }
 
-func (b *builder) baseChain(name string, hook *nftables.ChainHook) {
-	policy := nftables.ChainPolicyAccept
+func (b *builder) baseChain(name string, hook *nftables.ChainHook, policy nftables.ChainPolicy) {
 	b.names[name] = b.conn.AddChain(&nftables.Chain{Name: name, Table: b.table, Hooknum: hook,
 		Priority: nftables.ChainPriorityRef(-5), Type: nftables.ChainTypeFilter, Policy: &policy})
 }
@@ -78,7 +77,7 @@ func (b *builder) rule(chain string, parts ...match) {
 }
 
 // declare adds every set and chain, so that rules may name them in any order.
-func (b *builder) declare() {
+func (b *builder) declare(cfg Config) {
 	ip4, ip6, mark := nftables.TypeIPAddr, nftables.TypeIP6Addr, nftables.TypeMark
 	port, protocol := nftables.TypeInetService, nftables.TypeInetProto
 	concat := nftables.MustConcatSetType
@@ -109,14 +108,23 @@ func (b *builder) declare() {
 	sources("progress6", ip6, true, progressTimeout)
 	sources("pace4", ip4, false, progressTimeout)
 	sources("pace6", ip6, false, progressTimeout)
+	b.set(&nftables.Set{Name: "trusted4", KeyType: ip4, KeyByteOrder: network, Interval: true})
+	b.set(&nftables.Set{Name: "trusted6", KeyType: ip6, KeyByteOrder: network, Interval: true})
 	b.set(&nftables.Set{Name: "reach", KeyType: concat(ip4, port), Concatenation: true, Interval: true})
 
-	b.baseChain("input", nftables.ChainHookInput)
+	policy := nftables.ChainPolicyAccept
+	if cfg.Mode == Host {
+		policy = nftables.ChainPolicyDrop
+	}
+	b.baseChain("input", nftables.ChainHookInput, policy)
 	for _, name := range []string{"gate", "token", "open", "knock", "knock_step", "knock_hit", "seq_open", "stray", "tunnel"} {
 		b.chain(name)
 	}
-	b.baseChain("forward", nftables.ChainHookForward)
-	b.baseChain("output", nftables.ChainHookOutput)
+	if cfg.Mode == Host {
+		b.chain("host")
+	}
+	b.baseChain("forward", nftables.ChainHookForward, nftables.ChainPolicyAccept)
+	b.baseChain("output", nftables.ChainHookOutput, nftables.ChainPolicyAccept)
 	b.chain("egress")
 }
 
@@ -156,6 +164,9 @@ func (b *builder) build(cfg Config) {
 	b.gateRules()
 	b.knockRules(cfg)
 	b.tunnelRules(cfg)
+	if cfg.Mode == Host {
+		b.hostRules(cfg)
+	}
 	b.outputRules(cfg)
 }
 
@@ -173,13 +184,16 @@ func (b *builder) inputRules(cfg Config) {
 	b.rule("input", load(expr.MetaKeyL4PROTO, regKey), transport(2, 2, regKey2), b.lookup("knockports"), goTo("knock"))
 	b.rule("input", tcpSYN(expr.CmpOpEq), jump("stray"))
 	b.rule("input", proto(unix.IPPROTO_UDP), jump("stray"))
+	if cfg.Mode == Host {
+		b.rule("input", goTo("host"))
+	}
 }
 
 func (b *builder) gateRules() {
 	pass := join(setMark(GateMark), accept())
 	b.rule("gate", ctState(expr.CtStateBitESTABLISHED), pass)
 	b.rule("gate", ctState(expr.CtStateBitINVALID), drop())
-	for _, windows := range []string{"open", "seq"} {
+	for _, windows := range []string{"open", "seq", "trusted"} {
 		b.both("gate", windows, func(set string) match { return join(b.lookup(set), pass) })
 	}
 	udp := proto(unix.IPPROTO_UDP)
@@ -190,7 +204,8 @@ func (b *builder) gateRules() {
 
 func (b *builder) knockRules(cfg Config) {
 	log := match{&expr.Log{Key: 1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_QTHRESHOLD, Group: cfg.LogGroup, QThreshold: 1}}
-	window, progress := differing(cfg.Window, windowTimeout), differing(cfg.StepTimeout, progressTimeout)
+	window := differing(cfg.Window, windowTimeout)
+	_, _, pauses := knock.Compile(cfg.Sequences)
 	del := func(set string) match { return b.markInto(dynsetDelete, set, 0) }
 
 	b.rule("token", ctState(expr.CtStateBitINVALID), drop())
@@ -217,7 +232,16 @@ func (b *builder) knockRules(cfg Config) {
 	b.rule("knock_step", setMark(0))
 
 	b.rule("knock_hit", load(expr.MetaKeyMARK, regKey), masked(native.PutUint32(knock.Complete)), differs(native.PutUint32(0)), goTo("seq_open"))
-	b.both("knock_hit", "progress", func(set string) match { return b.markInto(dynsetAdd, set, progress) })
+	for class, pause := range pauses {
+		add := func(set string) match { return b.markInto(dynsetAdd, set, differing(pause, progressTimeout)) }
+		if len(pauses) == 1 {
+			b.both("knock_hit", "progress", add)
+			break
+		}
+		ofClass := join(load(expr.MetaKeyMARK, regKey), masked(native.PutUint32(knock.ClassMask)), equal(native.PutUint32(uint32(class)<<knock.ClassShift)))
+		b.rule("knock_hit", ofClass, source4(), add("progress4"))
+		b.rule("knock_hit", ofClass, source6(), add("progress6"))
+	}
 	b.rule("knock_hit", setMark(0))
 
 	b.both("seq_open", "seq", del)
@@ -247,12 +271,12 @@ func (b *builder) tunnelRules(cfg Config) {
 	b.rule("tunnel", admitted, proto(unix.IPPROTO_ICMP), transport(0, 1, regKey), equal([]byte{8}), accept()) // RFC 792: echo
 	b.rule("tunnel", admitted, ctState(expr.CtStateBitESTABLISHED), accept())
 	b.rule("tunnel", drop())
-
-	b.rule("forward", load(expr.MetaKeyIIFNAME, regKey), equal(device(cfg.Interface)), drop())
-	b.rule("forward", load(expr.MetaKeyOIFNAME, regKey), equal(device(cfg.Interface)), drop())
 }
 
 func (b *builder) outputRules(cfg Config) {
+	b.rule("forward", load(expr.MetaKeyIIFNAME, regKey), equal(device(cfg.Interface)), drop())
+	b.rule("forward", load(expr.MetaKeyOIFNAME, regKey), equal(device(cfg.Interface)), drop())
+
 	toTunnel := join(load(expr.MetaKeyOIFNAME, regKey), equal(device(cfg.Interface)))
 	b.rule("output", toTunnel, ipv4(), daddr4(), b.notIn("admitted"), drop())
 	b.rule("output", toTunnel, ipv6(), drop())

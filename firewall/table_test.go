@@ -48,7 +48,7 @@ func example() Config {
 	return Config{
 		Mode: Guard, GatePorts: []uint16{1194}, TunnelPort: 1194, Interface: "perimeter0",
 		Network: netip.MustParsePrefix("10.77.0.0/16"), InnerPorts: []uint16{80, 3128},
-		Window: time.Minute, Step: 30 * time.Second, StepTimeout: 10 * time.Second, LogGroup: 1194, GID: 65534,
+		Window: time.Minute, Step: 30 * time.Second, LogGroup: 1194, GID: 65534,
 	}
 }
 
@@ -78,7 +78,24 @@ func documented(t *testing.T) string {
 	if !found {
 		t.Fatal("doc.go holds no table")
 	}
-	return "table inet perimeterd {" + text
+	guard, _, _ := strings.Cut(text, "\n\nIn host mode")
+	return "table inet perimeterd {" + guard
+}
+
+// documentedHost is the same in host mode.
+func documentedHost(t *testing.T) string {
+	t.Helper()
+	file, err := parser.ParseFile(gotoken.NewFileSet(), "doc.go", nil, parser.ParseComments|parser.PackageClauseOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, host, found := strings.Cut(file.Doc.Text(), "\tchain host {")
+	if !found {
+		t.Fatal("doc.go holds no chain host")
+	}
+	text := strings.Replace(documented(t), "hook input priority filter - 5; policy accept;", "hook input priority filter - 5; policy drop;", 1)
+	text = strings.Replace(text, "\t\tmeta l4proto udp jump stray\n", "\t\tmeta l4proto udp jump stray\n\t\tgoto host\n", 1)
+	return strings.Replace(text, "\tchain forward {", "\tchain host {"+host+"\n\n\tchain forward {", 1)
 }
 
 // What differs without a meaning: the number of an anonymous set, and nft's note to itself that a range has no end.
@@ -100,6 +117,34 @@ func TestTableIsTheDocumentedOne(t *testing.T) {
 	gotText, gotCode := listings(t)
 	diff(t, "listing", wantText, gotText)
 	diff(t, "bytecode", wantCode, gotCode)
+}
+
+func TestHostModeIsTheDocumentedOne(t *testing.T) {
+	private(t)
+	run(t, documentedHost(t), "nft", "-f", "-")
+	wantText, wantCode := listings(t)
+	cfg := example()
+	cfg.Mode = Host
+	for _, s := range []string{"22/tcp", "8000-8010/udp from 198.51.100.0/24 on eth1", "icmp", "443/tcp from 2001:db8::/32"} {
+		a, err := ParseAllow(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg.Allow = append(cfg.Allow, a)
+	}
+	applied(t, cfg)
+	gotText, gotCode := listings(t)
+	diff(t, "listing", wantText, gotText)
+	diff(t, "bytecode", wantCode, gotCode)
+}
+
+func TestAllowThatIsNotUnderstood(t *testing.T) {
+	for _, s := range []string{"", "22", "22/sctp", "0/tcp", "9-3/tcp", "70000/udp", "22/tcp from", "22/tcp from x", "22/tcp on", "22/tcp near eth0",
+		"22/tcp on abcdefghijklmnopqrst", "icmp/tcp", "22/tcp from 10.0.0.1 from 10.0.0.2"} {
+		if a, err := ParseAllow(s); err == nil || !strings.Contains(err.Error(), "write it as in") {
+			t.Errorf("ParseAllow(%q) = %+v, %v", s, a, err)
+		}
+	}
 }
 
 func diff(t *testing.T, what, want, got string) {

@@ -116,8 +116,11 @@ func (f *Firewall) restoreLocked(now time.Time) error {
 	for _, w := range f.state.windows {
 		add(w.set(), w.Source.AsSlice(), native.PutUint32(w.mark()), w.Expires)
 	}
-	for a, until := range f.state.admitted {
-		add("admitted", a.AsSlice(), nil, until)
+	for a, s := range f.state.admitted {
+		add("admitted", a.AsSlice(), nil, s.until)
+		for _, port := range s.services {
+			add("service", service(a, port), nil, s.until)
+		}
 	}
 	for p, until := range f.state.peers {
 		set, key := peer(p)

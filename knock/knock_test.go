@@ -163,7 +163,7 @@ func TestAutomatonDoesWhatTheOracleDoes(t *testing.T) {
 	for range 2000 {
 		var seqs []Sequence
 		for i := range 1 + r.IntN(6) {
-			s := Sequence{Name: string(rune('a' + i)), Credential: uint32(i + 1)}
+			s := Sequence{Name: string(rune('a' + i)), Credential: uint32(i + 1), Timeout: time.Duration(1+r.IntN(3)) * time.Second}
 			for range MinPorts + r.IntN(3) {
 				s.Ports = append(s.Ports, Port{TCP, uint16(2 * (1 + r.IntN(6)))})
 			}
@@ -171,7 +171,7 @@ func TestAutomatonDoesWhatTheOracleDoes(t *testing.T) {
 				seqs = append(seqs, s)
 			}
 		}
-		steps, all := Compile(seqs)
+		steps, all, _ := Compile(seqs)
 		if len(seqs) > 0 && len(all) == 0 {
 			t.Fatal("no ports")
 		}
@@ -192,7 +192,7 @@ func TestAutomatonDoesWhatTheOracleDoes(t *testing.T) {
 
 func TestRetransmittedKnockIsNoMistake(t *testing.T) {
 	p := ports(t, "7102", "19044", "33127")
-	steps, _ := Compile([]Sequence{{Name: "a", Ports: p, Credential: 5}})
+	steps, _, _ := Compile([]Sequence{{Name: "a", Ports: p, Credential: 5}})
 	if got := walk(steps, []Port{p[0], p[0], p[1], p[0], p[1], p[2]}); !slices.Equal(got, []uint32{5}) {
 		t.Errorf("opened %v", got)
 	}

@@ -3,9 +3,11 @@ package knock
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // IP protocol numbers (https://www.iana.org/assignments/protocol-numbers).
@@ -53,15 +55,20 @@ func ParsePort(s string) (Port, error) {
 type Sequence struct {
 	Name       string
 	Ports      []Port
-	Credential uint32 // who it stands for, 1 to MaxCredential
+	Credential uint32        // who it stands for, 1 to MaxCredential
+	Timeout    time.Duration // between two knocks
 }
 
-// MinPorts is the shortest sequence.
-const MinPorts = 3
+// MinPorts is the shortest sequence, DefaultTimeout the pause it may make.
+const (
+	MinPorts       = 3
+	DefaultTimeout = 10 * time.Second
+)
 
 // Validate refuses sequences that a scan could complete or that could not work beside each other. Taken are ports that
 // services of this host use.
 func Validate(seqs []Sequence, taken []Port) error {
+	classes := 0
 	for i, s := range seqs {
 		bad := func(format string, a ...any) error {
 			return fmt.Errorf("knock.sequence %q: %s", s.Name, fmt.Sprintf(format, a...))
@@ -81,6 +88,11 @@ func Validate(seqs []Sequence, taken []Port) error {
 			}
 			if j > 0 && absDiff(p.Number, s.Ports[j-1].Number) == 1 {
 				return bad("ports %v,%v are adjacent; a port scan would open it: choose ports in no order", s.Ports[j-1], p)
+			}
+		}
+		if !slices.ContainsFunc(seqs[:i], func(o Sequence) bool { return o.Timeout == s.Timeout }) {
+			if classes++; classes > maxClasses {
+				return bad("timeout %v is the %dth of its kind; the kernel's states have room for %d: use the same for more of them", s.Timeout, classes, maxClasses)
 			}
 		}
 		for _, o := range seqs[:i] {
@@ -111,15 +123,24 @@ type Transition struct {
 	Next  uint32
 }
 
+// States of the automaton carry the class of their timeout in the bits of ClassMask: the kernel adds an element with the
+// timeout of its rule, so there is a rule for each.
+const (
+	ClassShift = 24
+	ClassMask  = 0x7f << ClassShift
+	maxClasses = 1 << 7
+)
+
 // Compile makes one automaton of all sequences: a trie whose root is state 0. Ports already hit on the way are
 // self-loops, so a retransmitted SYN is no mistake; whatever has no transition leads back to the root. The sequences must
-// have passed Validate. The result is sorted, the ports are the distinct ones.
-func Compile(seqs []Sequence) (steps []Transition, ports []Port) {
+// have passed Validate. Steps and ports are sorted; timeouts are those of the classes, at least one. Where sequences begin
+// alike, the longest of their timeouts counts.
+func Compile(seqs []Sequence) (steps []Transition, ports []Port, timeouts []time.Duration) {
 	type edge struct {
 		state uint32
 		port  Port
 	}
-	next := map[edge]uint32{}
+	next, longest := map[edge]uint32{}, map[uint32]time.Duration{}
 	states := uint32(0)
 	for _, s := range seqs {
 		state := uint32(0)
@@ -135,6 +156,9 @@ func Compile(seqs []Sequence) (steps []Transition, ports []Port) {
 					next[edge{to, hit}] = to
 				}
 			}
+			if i < len(s.Ports)-1 {
+				longest[to] = max(longest[to], s.Timeout)
+			}
 			next[edge{state, p}] = to
 			state = to
 			if !slices.Contains(ports, p) {
@@ -142,14 +166,24 @@ func Compile(seqs []Sequence) (steps []Transition, ports []Port) {
 			}
 		}
 	}
+	timeouts = slices.Compact(slices.Sorted(maps.Values(longest)))
+	if len(timeouts) == 0 {
+		timeouts = []time.Duration{DefaultTimeout}
+	}
+	classed := func(state uint32) uint32 {
+		if d, ok := longest[state]; ok {
+			return state | uint32(slices.Index(timeouts, d))<<ClassShift
+		}
+		return state // the root, or complete
+	}
 	for e, to := range next {
-		steps = append(steps, Transition{e.state, e.port, to})
+		steps = append(steps, Transition{classed(e.state), e.port, classed(to)})
 	}
 	slices.SortFunc(steps, func(a, b Transition) int {
 		return cmp.Or(cmp.Compare(a.State, b.State), comparePorts(a.Port, b.Port))
 	})
 	slices.SortFunc(ports, comparePorts)
-	return steps, ports
+	return steps, ports, timeouts
 }
 
 func comparePorts(a, b Port) int {

@@ -23,7 +23,7 @@ type Sets interface {
 	Fill() (map[string]Fill, error)
 }
 
-// Sources are asked at each scrape. Every one is needed, and must be quick.
+// Sources are asked at each scrape: every one must be there, and quick.
 type Sources struct {
 	Sets        Sets
 	Owned       func() bool // see TableOwned
@@ -33,6 +33,7 @@ type Sources struct {
 
 // Metrics takes what happens in the daemon. Its methods may be called from anywhere, and wait for nobody.
 type Metrics struct {
+	reg     prometheus.Registerer
 	started time.Time
 
 	opened, events                      *prometheus.CounterVec
@@ -44,14 +45,15 @@ type Metrics struct {
 	requests, bytes                     *prometheus.CounterVec
 	userRequests, userBytes             *prometheus.CounterVec
 
-	mu    sync.Mutex
-	users map[string]struct{}
+	mu      sync.Mutex
+	users   map[string]struct{}
+	highest int64 // step
 }
 
-// NewMetrics registers everything, Go's and the process's own metrics too. Started tells sessions that begin from those
-// that come back.
-func NewMetrics(reg prometheus.Registerer, version string, started time.Time, from Sources) (*Metrics, error) {
-	m := &Metrics{started: started, users: map[string]struct{}{}}
+// NewMetrics registers everything but what Ask does, Go's and the process's own metrics too. Started tells sessions that
+// begin from those that come back.
+func NewMetrics(reg prometheus.Registerer, version string, started time.Time) (*Metrics, error) {
+	m := &Metrics{reg: reg, started: started, users: map[string]struct{}{}}
 	var all []prometheus.Collector
 	counters := func(name, help string, labels ...string) *prometheus.CounterVec {
 		c := prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labels)
@@ -63,9 +65,6 @@ func NewMetrics(reg prometheus.Registerer, version string, started time.Time, fr
 		g := prometheus.NewGauge(prometheus.GaugeOpts{Name: name, Help: help})
 		all = append(all, g)
 		return g
-	}
-	asked := func(name, help string, ask func() float64) {
-		all = append(all, prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, ask))
 	}
 	histogram := func(name, help string, buckets ...float64) prometheus.Histogram {
 		h := prometheus.NewHistogram(prometheus.HistogramOpts{Name: name, Help: help, Buckets: buckets})
@@ -92,17 +91,9 @@ func NewMetrics(reg prometheus.Registerer, version string, started time.Time, fr
 	m.userRequests = counters(UserRequests, "Requests to the proxy, by user and decision.", "user", "decision")
 	m.userBytes = counters(UserBytes, "Bytes of finished proxied connections, by user and direction.", "user", "direction")
 
-	asked(TableOwned, "Whether the nftables table is owned, so that other tools cannot change it.", func() float64 {
-		if from.Owned() {
-			return 1
-		}
-		return 0
-	})
-	asked(SessionsPending, "Live sessions through whose tunnel no packet came yet.", func() float64 { return float64(from.Pending()) })
-	asked(ProxyConnections, "Live connections of clients to the proxy.", func() float64 { return float64(from.Connections()) })
 	build := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: BuildInfo, Help: "The running version."}, []string{"version", "go_version"})
 	build.WithLabelValues(version, runtime.Version()).Set(1)
-	all = append(all, build, sets{from.Sets}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	all = append(all, build, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 
 	// Series that alerts compute with exist from the start: a rate over one that appears misses its first event.
 	m.opened.WithLabelValues("token")
@@ -115,11 +106,31 @@ func NewMetrics(reg prometheus.Registerer, version string, started time.Time, fr
 	}
 	m.gate.WithLabelValues("ok")
 
+	return m, m.register(all...)
+}
+
+// Ask makes every scrape ask the sources, once they are there.
+func (m *Metrics) Ask(from Sources) error {
+	gauge := func(name, help string, ask func() float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, ask)
+	}
+	return m.register(sets{from.Sets},
+		gauge(TableOwned, "Whether the nftables table is owned, so that other tools cannot change it.", func() float64 {
+			if from.Owned() {
+				return 1
+			}
+			return 0
+		}),
+		gauge(SessionsPending, "Live sessions through whose tunnel no packet came yet.", func() float64 { return float64(from.Pending()) }),
+		gauge(ProxyConnections, "Live connections of clients to the proxy.", func() float64 { return float64(from.Connections()) }))
+}
+
+func (m *Metrics) register(all ...prometheus.Collector) error {
 	var errs []error
 	for _, c := range all {
-		errs = append(errs, reg.Register(c))
+		errs = append(errs, m.reg.Register(c))
 	}
-	return m, errors.Join(errs...)
+	return errors.Join(errs...)
 }
 
 // Event counts an event at the door. Written is event.Log's word.
@@ -146,10 +157,13 @@ func (m *Metrics) Repaired(took time.Duration) {
 	m.repairTime.Set(took.Seconds())
 }
 
-// Loaded counts one load of n tokens, the highest of them of step.
+// Loaded counts one load of n tokens of a step.
 func (m *Metrics) Loaded(n int, step int64, took time.Duration) {
+	m.mu.Lock()
+	m.highest = max(m.highest, step) // a new user's tokens are of earlier steps too
+	m.step.Set(float64(m.highest))
+	m.mu.Unlock()
 	m.tokens.Add(float64(n))
-	m.step.Set(float64(step))
 	m.loadTime.Observe(took.Seconds())
 }
 

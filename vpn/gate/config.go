@@ -20,4 +20,12 @@ type Config struct {
 	Devices            int           // live sessions of a certificate; one more replaces the oldest
 	Proxy              netip.AddrPort
 	Console            netip.AddrPort
+	Services           []Service // besides proxy and console
+}
+
+// Service is a TCP port of the host, on the daemon's tunnel address, that members of groups reach. "*" is everybody; no group
+// is nobody.
+type Service struct {
+	Port   uint16
+	Groups []string
 }

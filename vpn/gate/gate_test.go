@@ -39,7 +39,7 @@ type openDoor struct {
 	peers    map[netip.AddrPort]time.Time
 }
 
-func (d *openDoor) Admit(a netip.Addr, until time.Time) error {
+func (d *openDoor) Admit(a netip.Addr, _ []uint16, until time.Time) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.admitted[a] = until

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -22,7 +23,7 @@ import (
 
 // Door is the part of the firewall that lets sessions in.
 type Door interface {
-	Admit(netip.Addr, time.Time) error
+	Admit(a netip.Addr, services []uint16, until time.Time) error
 	Dismiss(netip.Addr) error
 	AddPeer(netip.AddrPort, time.Time) error
 	RemovePeer(netip.AddrPort) error
@@ -40,6 +41,8 @@ type Tunnel struct {
 	log   *slog.Logger
 	wake  chan struct{} // a session was admitted: its endpoint is known now
 
+	offered []Service
+
 	mu    sync.Mutex // also over what is told the door of endpoints, so that it never gets there in another order
 	peers map[session.Key]*peer
 }
@@ -55,7 +58,7 @@ func NewTunnel(cfg Config, private session.Key, dev tun.Device, door Door, log *
 	if err != nil {
 		return nil, fmt.Errorf("the tunnel's private key: %w", err)
 	}
-	t := &Tunnel{keys: [2][32]byte{private, [32]byte(public)}, bind: vpn.NewBind(), door: door, log: log, wake: make(chan struct{}, 1), peers: map[session.Key]*peer{}}
+	t := &Tunnel{keys: [2][32]byte{private, [32]byte(public)}, bind: vpn.NewBind(), door: door, log: log, offered: cfg.Services, wake: make(chan struct{}, 1), peers: map[session.Key]*peer{}}
 	t.inner = &admitting{Device: dev, admit: t.admit, pending: map[[4]byte]session.Session{}}
 	quiet := &device.Logger{Verbosef: device.DiscardLogf, Errorf: func(format string, args ...any) {
 		log.Debug("wireguard: " + fmt.Sprintf(format, args...))
@@ -139,7 +142,7 @@ func (t *Tunnel) moveLocked(p *peer, to netip.AddrPort, until time.Time) {
 // admit runs on the first packet of a pending session, before the packet goes on. A packet whose address cannot be
 // admitted is dropped by the table, and the next one tries again.
 func (t *Tunnel) admit(s session.Session) bool {
-	if err := t.door.Admit(s.Address, s.Expires); err != nil {
+	if err := t.door.Admit(s.Address, t.services(s.Groups), s.Expires); err != nil {
 		t.log.Error("address not admitted", "session", s.ID, "address", s.Address, "err", err)
 		return false
 	}
@@ -149,6 +152,16 @@ func (t *Tunnel) admit(s session.Session) bool {
 	default:
 	}
 	return true
+}
+
+// services are the ports of the host that a member of these groups reaches.
+func (t *Tunnel) services(groups []string) (ports []uint16) {
+	for _, s := range t.offered {
+		if slices.ContainsFunc(s.Groups, func(g string) bool { return g == "*" || slices.Contains(groups, g) }) {
+			ports = append(ports, s.Port)
+		}
+	}
+	return ports
 }
 
 // handshakeWait bounds how long a request waits for the device's answer to an initiation; it takes some 0.5 ms.
