@@ -2,7 +2,7 @@ package main
 
 import (
 	"context"
-	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -10,8 +10,6 @@ import (
 	"syscall"
 
 	"perimeterd/configs"
-	"perimeterd/firewall"
-	"perimeterd/proxy"
 )
 
 // reload applies the configuration again on SIGHUP, until ctx ends. All or nothing: a file with an error, or with a change
@@ -27,8 +25,10 @@ func reload(ctx context.Context, log *slog.Logger, cfg *configs.Config, apply fu
 		case <-hup:
 		}
 		next, err := configs.Load(cfg.File)
-		if err == nil && !sameButRules(cfg, next) {
-			err = errors.New("only [knock], [firewall], [egress] and [proxy] can change under a running daemon (not proxy.port): restart it for the rest")
+		if err == nil {
+			if what := needsRestart(cfg, next); what != "" {
+				err = fmt.Errorf("%s changed, which takes a restart", what)
+			}
 		}
 		if err == nil {
 			err = apply(cfg, next)
@@ -42,14 +42,25 @@ func reload(ctx context.Context, log *slog.Logger, cfg *configs.Config, apply fu
 	}
 }
 
-// sameButRules tells whether two configurations differ in nothing but what reload can change.
-func sameButRules(a, b *configs.Config) bool {
-	x, y := *a, *b
-	for _, c := range []*configs.Config{&x, &y} {
-		c.Proxy = proxy.Config{Listen: c.Proxy.Listen}
-		c.Firewall = firewall.Config{GatePorts: c.Firewall.GatePorts, TunnelPort: c.Firewall.TunnelPort, Step: c.Firewall.Step, LogGroup: c.Firewall.LogGroup}
-		c.Knock = configs.Knock{Tokens: c.Knock.Tokens, Step: c.Knock.Step, LogGroup: c.Knock.LogGroup}
-		c.Egress = configs.Egress{}
+// needsRestart names the first part of the configuration that differs and that a running daemon cannot follow.
+func needsRestart(a, b *configs.Config) string {
+	for _, part := range []struct {
+		name string
+		of   func(*configs.Config) any
+	}{
+		{"state_dir or run_dir", func(c *configs.Config) any { return [2]string{c.StateDir, c.RunDir} }},
+		{"[gate], [tunnel] or [session]", func(c *configs.Config) any { return c.Gate }},
+		{"knock.tokens, knock.step or knock.log_group", func(c *configs.Config) any {
+			return configs.Knock{Tokens: c.Knock.Tokens, Step: c.Knock.Step, LogGroup: c.Knock.LogGroup}
+		}},
+		{"proxy.port", func(c *configs.Config) any { return c.Proxy.Listen }},
+		{"[identity]", func(c *configs.Config) any { return c.Identity }},
+		{"[console]", func(c *configs.Config) any { return c.Console }},
+		{"[log]", func(c *configs.Config) any { return c.Log }},
+	} {
+		if !reflect.DeepEqual(part.of(a), part.of(b)) {
+			return part.name
+		}
 	}
-	return reflect.DeepEqual(x, y)
+	return ""
 }

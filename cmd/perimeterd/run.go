@@ -76,7 +76,22 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		return err
 	}
 
-	// The door first: from here on nothing of ours is reachable without a knock.
+	// The ports before the table, which would take them from a program that has one of them. Until the table is there the
+	// gate's sockets are deaf.
+	var gates []net.Listener
+	for _, address := range cfg.Gate.Listen {
+		l, err := firewall.Listen(ctx, address)
+		if err != nil {
+			return fmt.Errorf("gate.listen %q: %w: nothing was changed on this host; stop the program that has the port, or choose another", address, err)
+		}
+		defer l.Close()
+		gates = append(gates, l)
+	}
+	if err := free(cfg.Gate.TunnelPort); err != nil {
+		return err
+	}
+
+	// The door before everything behind it: nothing of ours is reachable without a knock.
 	door := firewall.New(log, 0)
 	names := &credentials{users: users, meta: meta, master: keys.master[:]}
 	table, err := tableConfig(cfg, names, gid, log)
@@ -132,30 +147,27 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	store.Watch(tunnel.SessionEvent)
 	store.Watch(forward.SessionEvent)
 	store.Watch(api.SessionEvent)
-
-	var gates []net.Listener
-	for _, address := range cfg.Gate.Listen {
-		l, err := firewall.Listen(ctx, address)
-		if err != nil {
-			return fmt.Errorf("gate.listen %q: %w", address, err)
+	store.Watch(func(e session.Event) {
+		if e.Ended != "" {
+			log.Info("session ended", "session", e.Session.ID, "user", e.Session.User, "device", e.Session.Device, "reason", e.Ended)
 		}
-		gates = append(gates, l)
-	}
+	})
+
 	inner, err := proxy.Listen(ctx, cfg.Proxy.Listen)
 	if err != nil {
-		return fmt.Errorf("proxy.port %d: %w", cfg.Proxy.Listen.Port(), err)
+		return err
 	}
 
 	operations := &control.Operations{Users: users, Sessions: store, Now: time.Now, Log: log,
 		UserChanged: access.userChanged,
-		Status:      statusOf(cfg, door),
+		Status:      statusOf(access.config, door),
 	}
 
 	g, ctx := errgroup.WithContext(ctx)
 	observing, operating := make(chan struct{}), make(chan struct{})
 	g.Go(func() error {
 		return door.Observe(ctx, table.LogGroup, observing, func(o firewall.Opening) {
-			log.Info("window opened", "user", names.name(o.Credential), "source", o.Source, "sequence", o.Sequence, "for", table.Window.String())
+			log.Info("window opened", "user", names.name(o.Credential), "source", o.Source, "sequence", o.Sequence, "for", access.config().Knock.Window.String())
 		})
 	})
 	g.Go(func() error { return door.Watch(ctx, refill) })
@@ -192,9 +204,20 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		_, err := daemon.SdNotify(false, daemon.SdNotifyReady)
 		return err
 	})
-	err = g.Wait()
-	log.Info("stopped: the door is closed, open windows expire on time", "err", err)
-	return err
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	log.Info("stopped: the door stays as closed as it was, open windows expire on time")
+	return nil
+}
+
+// free tells whether nobody has the UDP port: WireGuard binds it on every address.
+func free(port uint16) error {
+	c, err := net.ListenUDP("udp", &net.UDPAddr{Port: int(port)})
+	if err != nil {
+		return fmt.Errorf("tunnel.port %d: %w: nothing was changed on this host; stop the program that has the port, or choose another", port, err)
+	}
+	return c.Close()
 }
 
 func newLog(c configs.Log) *slog.Logger {
@@ -219,7 +242,7 @@ func endRevoked(store session.Store, users *identity.Users, log *slog.Logger) er
 	}
 	for _, s := range store.List() {
 		if !good[s.Certificate] {
-			log.Info("session ended", "session", s.ID, "user", s.User, "reason", session.Revoked)
+			log.Warn("a session outlived its user's revocation and is ended", "session", s.ID, "user", s.User)
 			if err := store.End(s.ID, session.Revoked); err != nil {
 				return err
 			}
@@ -243,9 +266,10 @@ func expire(ctx context.Context, store session.Store) error {
 	}
 }
 
-func statusOf(cfg *configs.Config, door *firewall.Firewall) func() control.Status {
+func statusOf(config func() *configs.Config, door *firewall.Firewall) func() control.Status {
 	started := time.Now()
 	return func() control.Status {
+		cfg := config()
 		s := control.Status{Version: version(), Started: started, Endpoint: cfg.Gate.Endpoint, Limit: cfg.Gate.Limit, Problems: []string{}}
 		for _, p := range cfg.Egress.Public {
 			s.Egress = append(s.Egress, p.String())

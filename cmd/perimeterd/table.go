@@ -46,6 +46,13 @@ func (a *access) configure(cfg *configs.Config) error {
 	return nil
 }
 
+// config is the configuration in force.
+func (a *access) config() *configs.Config {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.cfg
+}
+
 func (a *access) apply(cfg *configs.Config) error {
 	table, err := tableConfig(cfg, a.names, a.gid, a.log)
 	if err != nil {

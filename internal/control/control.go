@@ -135,12 +135,7 @@ func revokedKey(u identity.User, key [32]byte) bool {
 
 // Kick ends a session. Its user may begin another.
 func (o *Operations) Kick(_ context.Context, id session.ID) error {
-	s, _ := o.Sessions.Get(id)
-	err := o.Sessions.End(id, session.Kicked)
-	if err == nil {
-		o.Log.Info("session kicked", "session", id, "user", s.User)
-	}
-	return err
+	return o.Sessions.End(id, session.Kicked)
 }
 
 func (o *Operations) changed(name string) error {

@@ -155,7 +155,6 @@ func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source
 		if err := g.store.End(own[0].ID, session.Replaced); err != nil && !errors.Is(err, session.ErrNotFound) {
 			return s, errors.Join(err, g.store.End(s.ID, session.Deleted))
 		}
-		g.log.Info("session ended", "session", own[0].ID, "user", id.User, "reason", session.Replaced)
 	}
 	g.log.Info("session began", "session", s.ID, "user", s.User, "device", s.Device, "source", source, "address", s.Address,
 		"expires", s.Expires, "post_quantum", s.PostQuantum)
@@ -207,7 +206,6 @@ func (g *Gate) delete(w http.ResponseWriter, r *http.Request, id identity.Identi
 	if err := g.store.End(s.ID, session.Deleted); err != nil && !errors.Is(err, session.ErrNotFound) {
 		return err
 	}
-	g.log.Info("session ended", "session", s.ID, "user", s.User, "reason", session.Deleted)
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }

@@ -86,6 +86,20 @@ func (g *Gate) Run(ctx context.Context, listeners ...net.Listener) error {
 	config := g.verifier.TLSConfig(g.cert)
 	config.NextProtos = []string{"http/1.1"}
 	config.SessionTicketsDisabled = true // over TCP they save no round trip, and resumption would skip checks
+	few := &fewLines{log: g.log, limit: rate.NewLimiter(1, 20)}
+	config.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		// For who is refused, and where he comes from, in one line.
+		c := config.Clone()
+		c.VerifyConnection = func(cs tls.ConnectionState) error {
+			_, err := g.verifier.Identify(cs)
+			var refusal *identity.Refusal
+			if errors.As(err, &refusal) {
+				few.line(slog.LevelInfo, "certificate refused", "user", refusal.User, "source", addrPort(hello.Conn.RemoteAddr()), "reason", refusal.Code, "err", refusal.Text)
+			}
+			return err
+		}
+		return c, nil
+	}
 	srv := &http.Server{
 		Handler:           g.routes(),
 		ReadHeaderTimeout: handshakeTimeout,
@@ -93,7 +107,7 @@ func (g *Gate) Run(ctx context.Context, listeners ...net.Listener) error {
 		WriteTimeout:      requestTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          log.New(&fewLines{log: g.log, limit: rate.NewLimiter(1, 20)}, "", 0),
+		ErrorLog:          log.New(few, "", 0),
 		ConnState:         finished,
 	}
 	srv.Protocols = new(http.Protocols)

@@ -1,6 +1,7 @@
 package gate
 
 import (
+	"context"
 	"crypto/tls"
 	"log/slog"
 	"net"
@@ -137,19 +138,42 @@ func (p *pace) wait(certificate [32]byte, now time.Time) time.Duration {
 	return 0
 }
 
-// fewLines logs what net/http has to say of handshakes that failed, a line a second: who has a window can fail as often
-// as he likes.
+// fewLines logs what who has a window can cause as often as he likes: failed handshakes, a line a second.
 type fewLines struct {
 	log        *slog.Logger
 	limit      *rate.Limiter
 	suppressed atomic.Int64
 }
 
-func (f *fewLines) Write(b []byte) (int, error) {
+func (f *fewLines) line(level slog.Level, msg string, args ...any) {
+	if !f.log.Enabled(context.Background(), level) {
+		return
+	}
 	if !f.limit.Allow() {
 		f.suppressed.Add(1)
-		return len(b), nil
+		return
 	}
-	f.log.Info(strings.TrimSpace(string(b)), "suppressed", f.suppressed.Swap(0))
+	if n := f.suppressed.Swap(0); n > 0 {
+		args = append(args, "suppressed", n)
+	}
+	f.log.Log(context.Background(), level, msg, args...)
+}
+
+// Write takes net/http's lines.
+func (f *fewLines) Write(b []byte) (int, error) {
+	text := strings.TrimSpace(string(b))
+	rest, isTLS := strings.CutPrefix(text, "http: TLS handshake error from ")
+	source, cause, _ := strings.Cut(rest, ": ")
+	switch {
+	case !isTLS:
+		f.line(slog.LevelWarn, "gate", "err", text)
+	case strings.HasPrefix(cause, "certificate of "), strings.HasPrefix(cause, "no client certificate"):
+		// Logged already, as a certificate refused.
+	case cause == "EOF", strings.HasSuffix(cause, "connection reset by peer"):
+		// Clients race several connections and close all but one.
+		f.line(slog.LevelDebug, "handshake not begun", "source", source, "err", cause)
+	default:
+		f.line(slog.LevelInfo, "handshake failed", "source", source, "err", cause)
+	}
 	return len(b), nil
 }

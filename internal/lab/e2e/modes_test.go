@@ -3,7 +3,9 @@ package e2e
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"strings"
+	"syscall"
 	"testing"
 
 	"perimeterd/internal/lab"
@@ -106,5 +108,45 @@ func TestServiceIsForItsGroups(t *testing.T) {
 	s.ok(s.alice.VPN(s.ctx, "down"))
 	if out := s.ok(s.Bastion.Command(s.ctx, "nft", "list", "set", "inet", "perimeterd", "service")); strings.Contains(out, "elements") {
 		t.Errorf("left behind: %s", out)
+	}
+}
+
+// A start that fails for a port must not have taken that port from the program that has it.
+func TestFailedStartLeavesTheHostAsItWas(t *testing.T) {
+	s := newStage(t, lab.Options{})
+	if err := s.daemon.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	s.daemon.Wait()
+	s.ok(s.Bastion.Command(s.ctx, "nft", "delete", "table", "inet", "perimeterd"))
+	s.listenOnBastion(22)
+	for key, value := range map[string]string{"listen": `[":1194", ":22"]`, "port": "53"} {
+		before, err := os.ReadFile(s.daemon.Config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if key == "port" {
+			c, err := s.Bastion.ListenPacket("udp", ":53")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+		}
+		if err := s.daemon.Set(lab.Setting{Key: key, Value: value}); err != nil {
+			t.Fatal(err)
+		}
+		err = s.daemon.Start(s.ctx)
+		if err == nil || !strings.Contains(err.Error(), "nothing was changed on this host") {
+			t.Errorf("%s = %s: %v", key, value, err)
+		}
+		if out := s.ok(s.Bastion.Command(s.ctx, "nft", "list", "tables")); out != "" {
+			t.Errorf("%s = %s left a table: %s", key, value, out)
+		}
+		if got := s.answer(s.Client, "", "198.18.1.1", 22); got != "open" {
+			t.Errorf("%s = %s: port 22 is %s", key, value, got)
+		}
+		if err := os.WriteFile(s.daemon.Config, before, 0o640); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

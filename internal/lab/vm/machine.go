@@ -82,7 +82,12 @@ func prepare(ctx context.Context, cache, suite string) (m machine, err error) {
 	if err := archiveTree(filepath.Join(made, "root.cpio"), root); err != nil {
 		return m, err
 	}
-	return m, os.Rename(made, dir)
+	// Those of an older recipe.
+	stale, err := filepath.Glob(filepath.Join(cache, suite+"-*"))
+	for _, d := range stale {
+		err = errors.Join(err, os.RemoveAll(d))
+	}
+	return m, errors.Join(err, os.Rename(made, dir))
 }
 
 func prune(root string) error {
