@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"time"
 
 	"perimeterd/firewall"
@@ -27,10 +26,9 @@ var Reference []byte
 
 // Config is a file that was understood and checked. Paths are absolute.
 type Config struct {
-	File     string // where it was read
-	Dir      string // the file's directory
-	StateDir string
-	RunDir   string
+	File string // where it was read
+	Dir  string // the file's directory
+	Paths
 	Endpoint string // gate.endpoint: HOST:PORT, TCP, where clients find the gate
 
 	Gate     gate.Config
@@ -74,14 +72,16 @@ type Log struct {
 	Format string // json or text
 }
 
-// StateFile is the bbolt file of users and sessions.
-func (c *Config) StateFile() string { return filepath.Join(c.StateDir, "state.db") }
-
-// ControlSocket is where the running daemon takes operators' commands.
-func (c *Config) ControlSocket() string { return filepath.Join(c.RunDir, "control.sock") }
-
 // Load reads and checks a file. Its errors are *Error.
 func Load(path string) (*Config, error) {
+	data, err := read(path)
+	if err != nil {
+		return nil, err
+	}
+	return Parse(path, data)
+}
+
+func read(path string) ([]byte, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
 		text := "cannot be read: " + err.Error()
@@ -92,5 +92,5 @@ func Load(path string) (*Config, error) {
 		}
 		return nil, &Error{File: path, Problems: []Problem{{Text: text}}}
 	}
-	return Parse(path, data)
+	return data, nil
 }

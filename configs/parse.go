@@ -72,7 +72,7 @@ func (p *parser) unknown(e *toml.DecodeError) {
 	line, column := e.Position()
 	k := e.Key()
 	p.problems = append(p.problems, Problem{line,
-		fmt.Sprintf("%s: unknown: the reference has every key, /usr/share/doc/perimeterd/perimeterd.toml", strings.Join(k, ".")),
+		fmt.Sprintf("%s: unknown: %s", strings.Join(k, "."), keysOf(k[:len(k)-1])),
 		excerpt(p.data, line, column, len(k[len(k)-1]))})
 }
 
@@ -120,8 +120,7 @@ func (p *parser) config() *Config {
 	}
 	c := &Config{
 		File: p.file, Dir: dir,
-		StateDir: p.directory("state_dir", r.StateDir),
-		RunDir:   p.directory("run_dir", r.RunDir),
+		Paths:    Paths{StateDir: p.directory("state_dir", r.StateDir), RunDir: p.directory("run_dir", r.RunDir)},
 		Endpoint: r.Gate.Endpoint,
 		Console:  Console{Admins: r.Console.Admins},
 		Egress:   Egress{Public: p.prefixes("egress.public", r.Egress.Public)},

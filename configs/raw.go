@@ -1,5 +1,10 @@
 package configs
 
+import (
+	"reflect"
+	"strings"
+)
+
 // raw is the file as it is written. Slices whose default is not empty are set only where the file lacks the key, since
 // decoding into a filled slice would mix the two.
 type raw struct {
@@ -162,4 +167,32 @@ func (r *raw) setSliceDefaults(has func(key string) bool) {
 			r.Knock.Sequence[i].Timeout = defaultTimeout
 		}
 	}
+}
+
+// keysOf says which keys a table of the file has, or the innermost of its parents that exists.
+func keysOf(table []string) string {
+	t, known := reflect.TypeFor[raw](), []string{}
+walk:
+	for _, name := range table {
+		for i := range t.NumField() {
+			f := t.Field(i)
+			inner := f.Type
+			if inner.Kind() == reflect.Slice {
+				inner = inner.Elem()
+			}
+			if f.Tag.Get("toml") == name && inner.Kind() == reflect.Struct {
+				t, known = inner, append(known, name)
+				continue walk
+			}
+		}
+		break
+	}
+	keys := make([]string, t.NumField())
+	for i := range keys {
+		keys[i] = t.Field(i).Tag.Get("toml")
+	}
+	if len(known) == 0 {
+		return "the file has " + strings.Join(keys, ", ")
+	}
+	return strings.Join(known, ".") + " has " + strings.Join(keys, ", ")
 }
