@@ -97,14 +97,14 @@ func TestBadConfigurations(t *testing.T) {
 	const f = "perimeterd.toml"
 	tests := []struct{ name, text, want string }{
 		{"unknown keys, all in one pass", "[gate]\nendpoint = \"b.example.com:1194\"\n\tlisen = [\":1\"]\n[proxi]\nport = 1\n[[knock.sequence]]\nnam = \"x\"\n",
-			f + ":3: gate.lisen: unknown: the reference has every key, /usr/share/doc/perimeterd/perimeterd.toml\n" +
+			f + ":3: gate.lisen: unknown: gate has endpoint, listen, require_post_quantum\n" +
 				"    \tlisen = [\":1\"]\n" +
 				"    \t^^^^^\n" +
-				f + ":4: proxi: unknown: the reference has every key, /usr/share/doc/perimeterd/perimeterd.toml\n" +
+				f + ":4: proxi: unknown: the file has state_dir, run_dir, gate, tunnel, session, knock, firewall, egress, proxy, identity, console, store, log\n" +
 				"    [proxi]\n" +
 				"     ^^^^^\n" +
 				f + ":6: knock.sequence number 1 has no name: give it one, the log shows it\n" +
-				f + ":7: knock.sequence.nam: unknown: the reference has every key, /usr/share/doc/perimeterd/perimeterd.toml\n" +
+				f + ":7: knock.sequence.nam: unknown: knock.sequence has name, ports, user, timeout\n" +
 				"    nam = \"x\"\n" +
 				"    ^^^"},
 		{"not TOML", "[gate]\nendpoint = bastion\n",
@@ -170,6 +170,8 @@ func TestBadConfigurations(t *testing.T) {
 				f + ":7: proxy.rule 3: both deny and allow: make two rules of it\n" +
 				f + ":10: proxy.rule 3: port 0: want 1 to 65535\n" +
 				f + ":11: proxy.rule 3: group \"A B\": not a name: want 1 to 64 of a-z 0-9 . _ - with a letter or digit first"},
+		{"a rule with a URL", minimal + "[[proxy.rule]]\nallow = [\"https://s3.amazonaws.com/bucket\"]\nports = [443]\n",
+			f + ":3: proxy.rule 1: allow \"https://s3.amazonaws.com/bucket\": want a name, without \"https://\", as in \"s3.amazonaws.com\""},
 		{"what is not in this version", minimal + `[tunnel]
 backend = "kernel"
 [session]
@@ -290,6 +292,9 @@ func FuzzParse(f *testing.F) {
 		}
 		if err != nil {
 			_ = err.Error()
+		}
+		if p := scanPaths(data); p.StateDir != "" && !filepath.IsAbs(p.StateDir) || p.RunDir != "" && !filepath.IsAbs(p.RunDir) {
+			t.Fatalf("%+v", p)
 		}
 	})
 }

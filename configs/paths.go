@@ -3,11 +3,12 @@ package configs
 import (
 	"bytes"
 	"path/filepath"
+	"regexp"
 
 	"github.com/pelletier/go-toml/v2"
 )
 
-// Paths are what operators' commands need to find the daemon. Both are absolute; FindPaths leaves one empty that it
+// Paths are what operators' commands need to find the daemon and its state: absolute, but FindPaths leaves empty what it
 // cannot read.
 type Paths struct{ StateDir, RunDir string }
 
@@ -17,38 +18,47 @@ func (p Paths) StateFile() string { return filepath.Join(p.StateDir, "state.db")
 // ControlSocket is where the running daemon takes operators' commands.
 func (p Paths) ControlSocket() string { return filepath.Join(p.RunDir, "control.sock") }
 
-// FindPaths reads no more of a file than these two, so that an error elsewhere in it, which the running daemon never took
-// up, keeps nobody from revoking a user. Its error, an *Error, is everything that is wrong with the file; the paths are
-// good besides, where they are not empty.
+// FindPaths needs no more of a file than these two: an error elsewhere in it, which the running daemon did not take up,
+// must keep nobody from revoking a user. Its error, an *Error, is all that is wrong with the file; the paths are good
+// besides, where they are not empty.
 func FindPaths(path string) (Paths, error) {
 	data, err := read(path)
 	if err != nil {
 		return Paths{}, err
 	}
 	c, err := Parse(path, data)
-	if err == nil {
-		return c.Paths, nil
+	if err != nil {
+		return scanPaths(data), err
 	}
+	return c.Paths, nil
+}
+
+var pathLine = regexp.MustCompile(`^["']?(state_dir|run_dir)\b`)
+
+// scanPaths goes line by line, as the decoder stops at the first error, up to the first table: further down the keys would
+// be others.
+func scanPaths(data []byte) Paths {
 	found := defaults()
-	// Line by line, as the decoder stops at the first error. Both stand before the first table, or they are not these keys.
 	for line := range bytes.Lines(data) {
 		line = bytes.TrimSpace(line)
 		if bytes.HasPrefix(line, []byte("[")) {
 			break
 		}
-		for key, value := range map[string]*string{"state_dir": &found.StateDir, "run_dir": &found.RunDir} {
-			if !bytes.HasPrefix(bytes.TrimLeft(line, `"'`), []byte(key)) {
-				continue
-			}
-			var is map[string]any
-			_ = toml.Unmarshal(line, &is) // what it cannot read is in err already
-			if _, other := is[key]; len(is) > 0 && !other {
-				continue // a key that begins alike
-			}
-			if *value, _ = is[key].(string); !filepath.IsAbs(*value) {
-				*value = ""
-			}
+		m := pathLine.FindSubmatch(line)
+		if m == nil {
+			continue
+		}
+		var is map[string]any
+		_ = toml.Unmarshal(line, &is) // Parse complains of it
+		dir, _ := is[string(m[1])].(string)
+		if !filepath.IsAbs(dir) {
+			dir = ""
+		}
+		if string(m[1]) == "run_dir" {
+			found.RunDir = dir
+		} else {
+			found.StateDir = dir
 		}
 	}
-	return Paths{StateDir: found.StateDir, RunDir: found.RunDir}, err
+	return Paths{StateDir: found.StateDir, RunDir: found.RunDir}
 }

@@ -60,6 +60,10 @@ func (m *matcher) add(pattern string, regions []string) error {
 	if set, ok := strings.CutPrefix(pattern, "@"); ok {
 		return m.addSet(set, regions)
 	}
+	if scheme, rest, ok := strings.Cut(pattern, "://"); ok {
+		host, _, _ := strings.Cut(rest, "/")
+		return fmt.Errorf("%s: want a name, without %s, as in %s", quote(pattern), quote(scheme+"://"), quote(host))
+	}
 	if strings.Contains(pattern, "/") {
 		p, err := netip.ParsePrefix(pattern)
 		switch {

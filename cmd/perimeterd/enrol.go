@@ -2,7 +2,7 @@ package main
 
 import (
 	"bytes"
-	"crypto/ecdh"
+	"cmp"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
@@ -39,14 +39,9 @@ type addOptions struct {
 // run issues a certificate, enters its key in the state, and writes the profile, in this order. The private key is nowhere
 // but in the profile, so a record without a profile lets nobody in, and is revoked besides; a profile is never written for
 // a record that was not.
-func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) error {
+func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) (err error) {
 	if _, err := os.Lstat(o.out); err == nil {
-		return fmt.Errorf("%s exists and is not overwritten: name another file with --out", o.out)
-	}
-	for _, n := range [][2]string{{"user", o.name}, {"device", o.device}} {
-		if err := identity.CheckName(n[0], n[1]); err != nil {
-			return usageError{err}
-		}
+		return o.exists()
 	}
 	passphrase, err := o.passphrase()
 	if err != nil {
@@ -64,7 +59,21 @@ func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) error {
 	if err != nil {
 		return err
 	}
-	return withUsers(cmd.Context(), c, func(us users) error {
+	// Made before anybody is entered: a file that cannot be made must leave no record.
+	file, err := os.OpenFile(o.out, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return o.exists()
+	}
+	if err != nil {
+		return fmt.Errorf("the profile cannot be written, so nobody was entered: %w: name another file with --out", err)
+	}
+	defer func() {
+		file.Close()
+		if err != nil {
+			os.Remove(o.out)
+		}
+	}()
+	return withUsers(cmd.Context(), c.Paths, func(us users) error {
 		u, err := us.AddUser(cmd.Context(), identity.Enrolment{
 			Name: o.name, Groups: o.groups, Device: o.device, Key: issued.KeyHash, NotAfter: issued.NotAfter,
 		})
@@ -83,7 +92,10 @@ func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) error {
 		p.Sequence = sequenceOf(c, o.name)
 		text, err := encodeProfile(p, passphrase)
 		if err == nil {
-			err = identity.WriteNew(o.out, text, 0o600)
+			_, err = file.Write(text)
+		}
+		if err == nil {
+			err = file.Sync()
 		}
 		if err != nil {
 			return errors.Join(fmt.Errorf("the profile could not be written, so %s's device %s is revoked again: %w", o.name, o.device, err),
@@ -92,6 +104,19 @@ func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) error {
 		o.report(cmd, issued.NotAfter, passphrase != "")
 		return nil
 	})
+}
+
+func (o *addOptions) exists() error {
+	return fmt.Errorf("%s exists and is not overwritten: name another file with --out", o.out)
+}
+
+func (o *addOptions) checkNames() error {
+	for _, g := range o.groups {
+		if err := identity.CheckName("group", g); err != nil {
+			return err
+		}
+	}
+	return cmp.Or(identity.CheckName("user", o.name), identity.CheckName("device", o.device))
 }
 
 // takeBack undoes AddUser: the user goes too where he has no other device.
@@ -171,7 +196,7 @@ func serverProfile(c *configs.Config) (p client.Profile, master [32]byte, err er
 	if err != nil {
 		return fail(err)
 	}
-	wireguard, err := ecdh.X25519().NewPrivateKey(raw[:])
+	public, err := identity.PublicKey(raw)
 	if err != nil {
 		return fail(err)
 	}
@@ -192,7 +217,7 @@ func serverProfile(c *configs.Config) (p client.Profile, master [32]byte, err er
 		Endpoints:       []string{c.Endpoint},
 		TunnelPort:      c.Gate.TunnelPort,
 		ServerID:        hex.EncodeToString(id[:]),
-		ServerPublicKey: base64.StdEncoding.EncodeToString(wireguard.PublicKey().Bytes()),
+		ServerPublicKey: base64.StdEncoding.EncodeToString(public[:]),
 		Egress:          []string{},
 		CA:              string(ca),
 	}

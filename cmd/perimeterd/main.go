@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"runtime/debug"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -88,10 +89,60 @@ func loadConfig(cmd *cobra.Command) (*configs.Config, error) {
 	return configs.Load(path)
 }
 
-// version is the main module's, as the build recorded it.
-func version() string {
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
+// findPaths is loadConfig for commands that need only the daemon's socket and state: a file with errors, as a refused
+// reload leaves it, keeps nobody from them.
+func findPaths(cmd *cobra.Command) (configs.Paths, error) {
+	path, err := cmd.Flags().GetString("config")
+	if err != nil {
+		return configs.Paths{}, err
 	}
-	return "unknown"
+	p, err := configs.FindPaths(path)
+	if err != nil && p.RunDir != "" {
+		stderrf("warning: going on with run_dir %s; the configuration has errors:\n%v", p.RunDir, err)
+		err = nil
+	}
+	return p, err
+}
+
+// noArguments is for commands that take flags only.
+func noArguments(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("%s takes no argument: %q is one too many", commandName(cmd), args[0])
+	}
+	return nil
+}
+
+// oneArgument is for commands about one thing, as in example.
+func oneArgument(what, example string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) != 1 {
+			return fmt.Errorf("%s wants one %s: %s %s", commandName(cmd), what, cmd.CommandPath(), example)
+		}
+		return nil
+	}
+}
+
+func commandName(cmd *cobra.Command) string {
+	return strings.TrimPrefix(cmd.CommandPath(), cmd.Root().Name()+" ")
+}
+
+func version() string {
+	info, _ := debug.ReadBuildInfo()
+	return versionOf(info)
+}
+
+// versionOf is the main module's version, else the revision it was built from, as the build recorded it.
+func versionOf(info *debug.BuildInfo) string {
+	if info == nil {
+		return "devel"
+	}
+	if v := info.Main.Version; v != "" && v != "(devel)" {
+		return v
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" && len(s.Value) >= 12 {
+			return "devel-" + s.Value[:12]
+		}
+	}
+	return "devel" // without the repository, or with -buildvcs=false
 }

@@ -18,8 +18,8 @@ import (
 
 // withUsers runs fn on the running daemon, or on the state file where none runs. The file's lock is the truth: who holds
 // it writes, so the two never write both. The daemon is asked first, since a held lock shows only after a second.
-func withUsers(ctx context.Context, c *configs.Config, fn func(users) error) error {
-	daemon := control.NewClient(c.ControlSocket())
+func withUsers(ctx context.Context, p configs.Paths, fn func(users) error) error {
+	daemon := control.NewClient(p.ControlSocket())
 	_, err := daemon.Status(ctx)
 	if err == nil {
 		return fn(daemon)
@@ -27,13 +27,16 @@ func withUsers(ctx context.Context, c *configs.Config, fn func(users) error) err
 	if !errors.Is(err, control.ErrNotRunning) {
 		return err
 	}
-	db, err := identity.OpenState(c.StateFile())
+	if p.StateDir == "" {
+		return fmt.Errorf("%w; without it the state file is needed: correct state_dir in the configuration", err)
+	}
+	db, err := identity.OpenState(p.StateFile())
 	if errors.Is(err, identity.ErrStateHeld) {
 		// It began after it was asked, or it is just ending.
 		if _, e := daemon.Status(ctx); e == nil {
 			return fn(daemon)
 		}
-		return fmt.Errorf("%w; %s gives no answer: is it starting or stopping? Try again", err, c.ControlSocket())
+		return fmt.Errorf("%w; %s gives no answer: is it starting or stopping? Try again", err, p.ControlSocket())
 	}
 	if err != nil {
 		return err
@@ -54,13 +57,13 @@ func newStatusCommand() *cobra.Command {
 		Long: `Examples:
   perimeterd status
   perimeterd status --json`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := loadConfig(cmd)
+			p, err := findPaths(cmd)
 			if err != nil {
 				return err
 			}
-			s, err := control.NewClient(c.ControlSocket()).Status(cmd.Context())
+			s, err := control.NewClient(p.ControlSocket()).Status(cmd.Context())
 			if err != nil {
 				return err
 			}
@@ -89,13 +92,13 @@ func newSessionsCommand() *cobra.Command {
 		Long: `Examples:
   perimeterd sessions
   perimeterd sessions --json | jq -r '.[].user'`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := loadConfig(cmd)
+			p, err := findPaths(cmd)
 			if err != nil {
 				return err
 			}
-			all, err := control.NewClient(c.ControlSocket()).Sessions(cmd.Context())
+			all, err := control.NewClient(p.ControlSocket()).Sessions(cmd.Context())
 			if err != nil {
 				return err
 			}
@@ -128,13 +131,13 @@ func newKickCommand() *cobra.Command {
   perimeterd kick 5f3a...    an id from perimeterd sessions
 
 To keep somebody out, revoke him.`,
-		Args: cobra.ExactArgs(1),
+		Args: oneArgument("NAME or ID", "alice"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := loadConfig(cmd)
+			p, err := findPaths(cmd)
 			if err != nil {
 				return err
 			}
-			daemon := control.NewClient(c.ControlSocket())
+			daemon := control.NewClient(p.ControlSocket())
 			all, err := daemon.Sessions(cmd.Context())
 			if err != nil {
 				return err

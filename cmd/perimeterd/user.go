@@ -64,11 +64,17 @@ func newUserAddCommand() *cobra.Command {
 The profile holds the user's key, certificate and knock secret. On a terminal a passphrase is asked for, which protects
 the whole file (age, scrypt); elsewhere --passphrase-file names a file with it in its first line, or there is none.
 A revoked user who is added again gets a new knock secret, and none of his old certificates back.`,
-		Args: cobra.ExactArgs(1),
+		Args: oneArgument("NAME", "alice"),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			o.name = args[0]
 			if o.valid, err = configs.ParseDuration(valid); err != nil {
 				return usageError{fmt.Errorf("--valid %w", err)}
+			}
+			if o.valid <= 0 {
+				return usageError{fmt.Errorf("--valid %q: want more than nothing, as in 12h or 90d", valid)}
+			}
+			if err := o.checkNames(); err != nil {
+				return usageError{err}
 			}
 			if o.out == "" {
 				o.out = o.name + ".profile"
@@ -97,13 +103,13 @@ func newUserListCommand() *cobra.Command {
 		Long: `Examples:
   perimeterd user list
   perimeterd user list --json | jq -r '.[] | select(.revoked == null) | .name'`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := loadConfig(cmd)
+			p, err := findPaths(cmd)
 			if err != nil {
 				return err
 			}
-			return withUsers(cmd.Context(), c, func(us users) error {
+			return withUsers(cmd.Context(), p, func(us users) error {
 				all, err := us.ListUsers(cmd.Context())
 				if err != nil {
 					return err
@@ -151,16 +157,16 @@ func newUserRevokeCommand() *cobra.Command {
   perimeterd user revoke alice --device mac    that one only
 
 It acts at once, on live sessions too, and for good: added again, a user gets new certificates.`,
-		Args: cobra.ExactArgs(1),
+		Args: oneArgument("NAME", "alice"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if device == "" && cmd.Flags().Changed("device") {
 				return usageError{errors.New(`--device "": name one, or leave the flag off to revoke the user`)}
 			}
-			c, err := loadConfig(cmd)
+			p, err := findPaths(cmd)
 			if err != nil {
 				return err
 			}
-			return withUsers(cmd.Context(), c, func(us users) error {
+			return withUsers(cmd.Context(), p, func(us users) error {
 				if _, err := us.RevokeUser(cmd.Context(), args[0], device); err != nil {
 					return err
 				}

@@ -90,7 +90,11 @@ func (c *Client) do(ctx context.Context, method, path string, in, out any) error
 	res, err := c.http.Do(req)
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("%s: %w: start it with `systemctl start perimeterd`", c.path, ErrNotRunning)
+		start := "perimeterd run"
+		if HasService() {
+			start = "systemctl start perimeterd"
+		}
+		return fmt.Errorf("%s: %w: start it with `%s`", c.path, ErrNotRunning, start)
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("%s: permission denied: run it as root, or join the group %s", c.path, Group)
 	case err != nil:

@@ -1,6 +1,7 @@
 package identity
 
 import (
+	"crypto/ecdh"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
@@ -65,6 +66,16 @@ func ReadKey(path string) (key [32]byte, err error) {
 		return key, fmt.Errorf("%s: want 32 bytes in base64 on one line: restore it from a backup", path)
 	}
 	return [32]byte(raw), nil
+}
+
+// PublicKey is the other half of a WireGuard private key, as `wg pubkey` computes it. Any 32 bytes are a private key: the
+// error is crypto/ecdh's, and does not happen.
+func PublicKey(private [32]byte) (public [32]byte, err error) {
+	key, err := ecdh.X25519().NewPrivateKey(private[:])
+	if err != nil {
+		return public, err
+	}
+	return [32]byte(key.PublicKey().Bytes()), nil
 }
 
 // ReadServerID reads a file of 32 hexadecimal digits.

@@ -47,7 +47,7 @@ func OpenState(path string) (*bolt.DB, error) {
 	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: lockTimeout})
 	if errors.Is(err, berrors.ErrTimeout) {
 		return nil, fmt.Errorf("state file %s: %w, as a rule the running daemon: "+
-			"ask it through its control socket, or stop it first (systemctl stop perimeterd)", path, ErrStateHeld)
+			"ask it through its control socket, or stop it first", path, ErrStateHeld)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("state file %s: %w", path, err)
