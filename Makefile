@@ -34,7 +34,7 @@ unit:
 e2e: build
 	$(GO) test -count=1 -timeout 8m ./internal/lab/e2e
 
-# The firewall's tests on the kernels of Debian 12 and 13, in emulated machines: five minutes, not part of `make test`.
+# The firewall's tests on the kernels of Debian 12 and 13, in emulated machines: ten minutes, not part of `make test`.
 test-vm: vm-tools build
 	CGO_ENABLED=0 $(GO) test -c -o bin/firewall.test ./firewall
 	$(GO) run ./internal/lab/vm

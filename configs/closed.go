@@ -18,7 +18,6 @@ func (p *parser) refuseMissing() {
 		{"identity.ca_key", r.Identity.CAKey, r.Identity.CAKey != "", "write \"pki/ca.key\", the CA of `perimeterd init`"},
 		{"identity.crl", r.Identity.CRL, r.Identity.CRL == "", "leave it empty: the built-in CA needs none"},
 		{"identity.allowed", r.Identity.Allowed, r.Identity.Allowed == "", "leave it empty: the users of `perimeterd user list` are allowed"},
-		{"console.metrics", r.Console.Metrics, r.Console.Metrics == "", "leave it empty"},
 		{"store.etcd", r.Store.Etcd, len(r.Store.Etcd) == 0, "leave it empty: the state stays on this host"},
 		{"log.squid_access_log", r.Log.SquidAccessLog, r.Log.SquidAccessLog == "", "leave it empty: the log has every request"},
 		{"log.audit_keep", r.Log.AuditKeep, r.Log.AuditKeep == "400d", "remove it: the journal keeps the log"},

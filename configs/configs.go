@@ -64,7 +64,10 @@ type Knock struct {
 type Egress struct{ Public []netip.Prefix }
 
 // Console is the page inside the tunnel.
-type Console struct{ Admins []string } // groups
+type Console struct {
+	Admins  []string // groups
+	Metrics string   // HOST:PORT of /metrics; empty: off
+}
 
 // Log is how the daemon logs.
 type Log struct {

@@ -183,7 +183,7 @@ ca_key = ""
 crl = "crl.pem"
 allowed = "dns.txt"
 [console]
-metrics = "127.0.0.1:9617"
+metrics = ":9617"
 [store]
 etcd = ["http://127.0.0.1:2379"]
 [log]
@@ -196,7 +196,7 @@ audit_keep = "10d"
 				f + ":10: identity.ca_key \"\": not in this version: write \"pki/ca.key\", the CA of `perimeterd init`\n" +
 				f + ":11: identity.crl \"crl.pem\": not in this version: leave it empty: the built-in CA needs none\n" +
 				f + ":12: identity.allowed \"dns.txt\": not in this version: leave it empty: the users of `perimeterd user list` are allowed\n" +
-				f + ":14: console.metrics \"127.0.0.1:9617\": not in this version: leave it empty\n" +
+				f + ":14: console.metrics \":9617\": want HOST:PORT, as in 127.0.0.1:9617; it asks for no password, so keep it where only Prometheus can reach it\n" +
 				f + ":16: store.etcd [\"http://127.0.0.1:2379\"]: not in this version: leave it empty: the state stays on this host\n" +
 				f + ":18: log.squid_access_log \"/var/log/squid.log\": not in this version: leave it empty: the log has every request\n" +
 				f + ":19: log.audit_keep \"10d\": not in this version: remove it: the journal keeps the log"},

@@ -122,7 +122,7 @@ func (p *parser) config() *Config {
 		File: p.file, Dir: dir,
 		Paths:    Paths{StateDir: p.directory("state_dir", r.StateDir), RunDir: p.directory("run_dir", r.RunDir)},
 		Endpoint: r.Gate.Endpoint,
-		Console:  Console{Admins: r.Console.Admins},
+		Console:  Console{Admins: r.Console.Admins, Metrics: p.metrics(r.Console.Metrics)},
 		Egress:   Egress{Public: p.prefixes("egress.public", r.Egress.Public)},
 	}
 	beside := func(key, path string) string {
@@ -371,4 +371,17 @@ func (p *parser) listen(list []string) (ports []uint16) {
 		}
 	}
 	return ports
+}
+
+// metrics is where Prometheus asks. Any address the operator writes is taken; a host must stand in it, so that nobody
+// opens it to every network by leaving one out.
+func (p *parser) metrics(s string) string {
+	if s == "" {
+		return ""
+	}
+	host, port, err := net.SplitHostPort(s)
+	if n, perr := strconv.ParseUint(port, 10, 16); err != nil || host == "" || perr != nil || n == 0 {
+		p.bad("console.metrics", "console.metrics %q: want HOST:PORT, as in 127.0.0.1:9617; it asks for no password, so keep it where only Prometheus can reach it", s)
+	}
+	return s
 }

@@ -12,8 +12,13 @@ import (
 // cannot read.
 type Paths struct{ StateDir, RunDir string }
 
-// StateFile is the bbolt file of users and sessions.
-func (p Paths) StateFile() string { return filepath.Join(p.StateDir, "state.db") }
+// StateFile is the bbolt file of users and sessions; empty where StateDir is.
+func (p Paths) StateFile() string {
+	if p.StateDir == "" {
+		return ""
+	}
+	return filepath.Join(p.StateDir, "state.db")
+}
 
 // ControlSocket is where the running daemon takes operators' commands.
 func (p Paths) ControlSocket() string { return filepath.Join(p.RunDir, "control.sock") }

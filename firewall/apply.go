@@ -19,8 +19,9 @@ import (
 // Firewall owns the table. Its methods may be called from several goroutines: one mutex holds over every batch, since
 // concurrent users of one batch would lose each other's messages.
 type Firewall struct {
-	log   *slog.Logger
-	netns int // file descriptor of a network namespace; 0: the thread's own
+	log     *slog.Logger
+	netns   int // file descriptor of a network namespace; 0: the thread's own
+	counter Counter
 
 	mu      sync.Mutex
 	nft     *nftables.Conn // on the socket nl; nil when closed
@@ -39,7 +40,7 @@ type Firewall struct {
 // New makes a Firewall; it changes nothing until Apply. Netns is a file descriptor of the network namespace to work in,
 // 0 for the caller's own.
 func New(log *slog.Logger, netns int) *Firewall {
-	return &Firewall{log: log, netns: netns, state: newMirror()}
+	return &Firewall{log: log, netns: netns, counter: uncounted{}, state: newMirror()}
 }
 
 // Apply makes the table hold what cfg says, in one atomic batch that touches no other table. Windows, tokens, spent

@@ -92,18 +92,29 @@
 //		chain token {
 //			ct state invalid drop
 //			fib daddr type != local drop
-//			@th,64,128 @spent drop
+//			@th,64,128 @spent goto refused
 //			meta mark set @th,64,128 map @tokens add @spent { @th,64,128 limit rate 1/day burst 1 packets } goto open
-//			drop
+//			goto refused
 //		}
 //
-//		# Logged in the rule that adds, so the log never reports an opening that a full map refused.
+//		# What opened nothing is told by a prefix, at a rate that no stranger can raise: the limit comes first, so that a
+//		# flood costs no lookup more. A token of these steps that did not open was spent before.
+//		chain refused {
+//			limit rate over 5/second burst 5 packets drop
+//			@th,64,128 @tokens log prefix "token-replayed" group 1194 queue-threshold 1 drop
+//			log prefix "token-refused" group 1194 queue-threshold 1 drop
+//		}
+//
+//		# Logged in the rule that adds, so the log never reports an opening that a full map refused. After it a source without an
+//		# element is one that had no room.
 //		# update refreshes a timeout but never a map element's data, hence delete and add.
 //		chain open {
 //			delete @open4 { ip saddr : meta mark }
 //			delete @open6 { ip6 saddr : meta mark }
 //			add @open4 { ip saddr : meta mark } log group 1194 queue-threshold 1
 //			add @open6 { ip6 saddr : meta mark } log group 1194 queue-threshold 1
+//			ip saddr != @open4 limit rate 1/second burst 5 packets log prefix "windows-full" group 1194 queue-threshold 1
+//			ip6 saddr != @open6 limit rate 1/second burst 5 packets log prefix "windows-full" group 1194 queue-threshold 1
 //			drop
 //		}
 //
@@ -123,6 +134,7 @@
 //			delete @progress4 { ip saddr : meta mark }
 //			delete @progress6 { ip6 saddr : meta mark }
 //			meta mark set meta mark . meta l4proto . th dport map @step goto knock_hit
+//			meta mark != 0x00000000 limit rate 5/second burst 5 packets log prefix "sequence-reset" group 1194 queue-threshold 1
 //			meta mark set 0x00000000
 //		}
 //
@@ -138,13 +150,15 @@
 //			delete @seq6 { ip6 saddr : meta mark }
 //			add @seq4 { ip saddr : meta mark } limit rate 50/second burst 100 packets log group 1194 queue-threshold 1
 //			add @seq6 { ip6 saddr : meta mark } limit rate 50/second burst 100 packets log group 1194 queue-threshold 1
+//			ip saddr != @seq4 limit rate 1/second burst 5 packets log prefix "windows-full" group 1194 queue-threshold 1
+//			ip6 saddr != @seq6 limit rate 1/second burst 5 packets log prefix "windows-full" group 1194 queue-threshold 1
 //			meta mark set 0x00000000
 //		}
 //
 //		# Any other new packet resets a sequence in progress. It never writes the packet's mark: other tools route by it.
 //		chain stray {
-//			ip saddr @progress4 delete @progress4 { ip saddr : meta mark }
-//			ip6 saddr @progress6 delete @progress6 { ip6 saddr : meta mark }
+//			ip saddr @progress4 delete @progress4 { ip saddr : meta mark } limit rate 5/second burst 5 packets log prefix "sequence-reset" group 1194 queue-threshold 1
+//			ip6 saddr @progress6 delete @progress6 { ip6 saddr : meta mark } limit rate 5/second burst 5 packets log prefix "sequence-reset" group 1194 queue-threshold 1
 //		}
 //
 //		# Inside the tunnel a session reaches the proxy, the console and what its groups allow; positive matches only.

@@ -134,6 +134,16 @@ func fibDestination() match {
 	return match{&expr.Fib{Register: regKey, ResultADDRTYPE: true, FlagDADDR: true}}
 }
 
+// logTo reports the packet to user space at once; without a prefix it is an opening.
+func logTo(group uint16, prefix string) match {
+	l := &expr.Log{Key: 1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_QTHRESHOLD, Group: group, QThreshold: 1}
+	if prefix != "" {
+		l.Key |= 1 << unix.NFTA_LOG_PREFIX
+		l.Data = []byte(prefix)
+	}
+	return match{l}
+}
+
 // rate allows n packets per unit, matching while below it.
 func rate(n uint64, unit expr.LimitTime, burst uint32) *expr.Limit {
 	return &expr.Limit{Type: expr.LimitTypePkts, Rate: n, Unit: unit, Burst: burst}

@@ -27,6 +27,7 @@ type room struct {
 
 	mu       sync.Mutex
 	openings []Opening
+	refusals []Refusal
 }
 
 func newRoom(t *testing.T, cfg Config) *room { return newRoomWith(t, cfg, false) }
@@ -52,6 +53,10 @@ func newRoomWith(t *testing.T, cfg Config, plain bool) *room {
 			r.mu.Lock()
 			defer r.mu.Unlock()
 			r.openings = append(r.openings, o)
+		}, func(refusal Refusal) {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			r.refusals = append(r.refusals, refusal)
 		})
 	}()
 	t.Cleanup(func() {

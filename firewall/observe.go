@@ -27,10 +27,10 @@ type Opening struct {
 // headerBytes of a packet are enough for IPv6, UDP and a token.
 const headerBytes = 96
 
-// Observe calls fn for every opening, in order, until ctx ends. Ready is closed when the kernel's log is connected. Fn
-// must not block: what the log's buffer cannot hold is lost (and, after a flush by another tool, so are the unspent
+// Observe calls opened for every opening and refused for some of what opened nothing, in order, until ctx ends. Ready is
+// closed when the kernel's log is connected. Neither may block: what the log's buffer cannot hold is lost (and, after a flush by another tool, so are the unspent
 // tokens of the running steps, since they can no longer be told from spent ones).
-func (f *Firewall) Observe(ctx context.Context, group uint16, ready chan<- struct{}, fn func(Opening)) error {
+func (f *Firewall) Observe(ctx context.Context, group uint16, ready chan<- struct{}, opened func(Opening), refused func(Refusal)) error {
 	l, err := nflog.Open(&nflog.Config{Group: group, Copymode: nflog.CopyPacket, Bufsize: headerBytes, QThresh: 1, NetNS: f.netns})
 	if err != nil {
 		return fmt.Errorf("open NFLOG group %d: %w", group, err)
@@ -41,12 +41,23 @@ func (f *Firewall) Observe(ctx context.Context, group uint16, ready chan<- struc
 	}
 	broken := make(chan error, 1)
 	err = l.RegisterWithErrorFunc(ctx, func(a nflog.Attribute) int {
-		if a.Payload == nil || a.Mark == nil {
+		if a.Payload == nil {
 			return 0
 		}
-		if o, ok := parseOpening(*a.Payload, *a.Mark, time.Now()); ok {
+		var mark uint32
+		if a.Mark != nil { // a mark of 0 is not reported
+			mark = *a.Mark
+		}
+		o, ok := parseOpening(*a.Payload, mark, time.Now())
+		switch {
+		case !ok:
+		case a.Prefix != nil && *a.Prefix != "":
+			if r, ok := refusalOf(*a.Prefix, o); ok {
+				refused(r)
+			}
+		case mark != 0:
 			f.opened(o)
-			fn(o)
+			opened(o)
 		}
 		return 0
 	}, func(err error) int {
@@ -55,6 +66,7 @@ func (f *Firewall) Observe(ctx context.Context, group uint16, ready chan<- struc
 			return 1
 		case errors.Is(err, unix.ENOBUFS):
 			f.missed()
+			f.counter.Missed()
 			f.log.Warn("openings were missed: the kernel's log outran the daemon", "group", group)
 			return 0
 		}

@@ -117,7 +117,7 @@ func (b *builder) declare(cfg Config) {
 		policy = nftables.ChainPolicyDrop
 	}
 	b.baseChain("input", nftables.ChainHookInput, policy)
-	for _, name := range []string{"gate", "token", "open", "knock", "knock_step", "knock_hit", "seq_open", "stray", "tunnel"} {
+	for _, name := range []string{"gate", "token", "refused", "open", "knock", "knock_step", "knock_hit", "seq_open", "stray", "tunnel"} {
 		b.chain(name)
 	}
 	if cfg.Mode == Host {
@@ -203,20 +203,32 @@ func (b *builder) gateRules() {
 }
 
 func (b *builder) knockRules(cfg Config) {
-	log := match{&expr.Log{Key: 1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_QTHRESHOLD, Group: cfg.LogGroup, QThreshold: 1}}
+	log := logTo(cfg.LogGroup, "")
+	tell := func(kind RefusalKind) match { return logTo(cfg.LogGroup, string(kind)) }
+	full := func(set string) match {
+		return join(b.notIn(set), match{rate(1, expr.LimitTimeSecond, 5)}, tell(WindowsFull))
+	}
+	reset := join(match{rate(5, expr.LimitTimeSecond, 5)}, tell(SequenceReset))
+	over := rate(5, expr.LimitTimeSecond, 5)
+	over.Over = true
 	window := differing(cfg.Window, windowTimeout)
 	_, _, pauses := knock.Compile(cfg.Sequences)
 	del := func(set string) match { return b.markInto(dynsetDelete, set, 0) }
 
 	b.rule("token", ctState(expr.CtStateBitINVALID), drop())
 	b.rule("token", fibDestination(), differs(native.PutUint32(unix.RTN_LOCAL)), drop())
-	b.rule("token", token(), b.lookup("spent"), drop())
+	b.rule("token", token(), b.lookup("spent"), goTo("refused"))
 	b.rule("token", token(), b.markFrom("tokens"),
 		token(), b.limited(dynsetAdd, "spent", rate(1, expr.LimitTimeDay, 1)), goTo("open"))
-	b.rule("token", drop())
+	b.rule("token", goTo("refused"))
+
+	b.rule("refused", match{over}, drop())
+	b.rule("refused", token(), b.lookup("tokens"), tell(TokenReplayed), drop())
+	b.rule("refused", tell(TokenRefused), drop())
 
 	b.both("open", "open", del)
 	b.both("open", "open", func(set string) match { return join(b.markInto(dynsetAdd, set, window), log) })
+	b.both("open", "open", full)
 	b.rule("open", drop())
 
 	b.rule("knock", ctState(expr.CtStateBitINVALID), returns())
@@ -229,6 +241,7 @@ func (b *builder) knockRules(cfg Config) {
 	b.both("knock_step", "progress", b.markFrom)
 	b.both("knock_step", "progress", del)
 	b.rule("knock_step", load(expr.MetaKeyMARK, regKey), load(expr.MetaKeyL4PROTO, regKey2), transport(2, 2, regKey3), b.markFrom("step"), goTo("knock_hit"))
+	b.rule("knock_step", load(expr.MetaKeyMARK, regKey), differs(native.PutUint32(0)), reset)
 	b.rule("knock_step", setMark(0))
 
 	b.rule("knock_hit", load(expr.MetaKeyMARK, regKey), masked(native.PutUint32(knock.Complete)), differs(native.PutUint32(0)), goTo("seq_open"))
@@ -248,10 +261,11 @@ func (b *builder) knockRules(cfg Config) {
 	b.both("seq_open", "seq", func(set string) match {
 		return join(b.markInto(dynsetAdd, set, window), match{rate(50, expr.LimitTimeSecond, 100)}, log)
 	})
+	b.both("seq_open", "seq", full)
 	b.rule("seq_open", setMark(0))
 
-	b.rule("stray", source4(), b.lookup("progress4"), saddr4(), del("progress4"))
-	b.rule("stray", source6(), b.lookup("progress6"), saddr6(), del("progress6"))
+	b.rule("stray", source4(), b.lookup("progress4"), saddr4(), del("progress4"), reset)
+	b.rule("stray", source6(), b.lookup("progress6"), saddr6(), del("progress6"), reset)
 }
 
 // differing is what a rule must say about a timeout: nothing where the set says the same.

@@ -131,9 +131,11 @@ func (t *Tokens) load(credentials []knock.Credential, step int64, now time.Time)
 				list = append(list, Token{knock.NewToken(c.Secret, t.server, step, i), c.ID, expires})
 			}
 		}
+		start := time.Now()
 		if err := t.fw.AddTokens(list); err != nil {
 			return err
 		}
+		t.fw.counter.Loaded(len(list), step, time.Since(start))
 	}
 	return nil
 }

@@ -48,6 +48,7 @@ func (f *Firewall) Watch(ctx context.Context, refill func(lost bool) error) erro
 			f.log.Error("nftables table not repaired", "table", TableName, "err", err)
 		case err == nil && repair.took > 0:
 			failed = ""
+			f.counter.Repaired(repair.took)
 			f.log.Warn("nftables table was changed by another tool and is repaired", "table", TableName,
 				"took_ms", float64(repair.took.Microseconds())/1000, "sets_restored", repair.restored)
 		}

@@ -236,6 +236,9 @@ func (s *Server) SessionEvent(e session.Event) {
 // Connections counts a session's live connections. Its address must not be given away before there are none.
 func (s *Server) Connections(id session.ID) int { return len(s.links.of(id)) }
 
+// Live counts all live connections of clients.
+func (s *Server) Live() int { return s.links.count() }
+
 // Policy is the one in force.
 func (s *Server) Policy() *Policy { return s.state.Load().policy }
 

@@ -232,6 +232,16 @@ func (r *registry) all() (links []*link) {
 	return links
 }
 
+// count is how many links there are.
+func (r *registry) count() (n int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, links := range r.sessions {
+		n += len(links)
+	}
+	return n
+}
+
 // close ends every link, and those to come. The channel is closed when none is left.
 func (r *registry) close(why Reason) <-chan struct{} {
 	r.mu.Lock()

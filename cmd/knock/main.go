@@ -19,20 +19,39 @@ import (
 	"perimeterd/vpn/client"
 )
 
-// window is how long the door stays open by default; the profile does not say.
-const window = 60 * time.Second
-
 func main() { os.Exit(run(os.Args[1:])) }
 
 func run(args []string) int {
 	root := command()
 	root.SetArgs(args)
-	if err := root.Execute(); err != nil {
-		fmt.Fprintln(os.Stderr, "knock:", err)
-		return 1
+	understood := false
+	root.PersistentPreRun = func(*cobra.Command, []string) { understood = true }
+	err := client.BecomeInvoker()
+	if err == nil {
+		if err = root.Execute(); err != nil && !understood {
+			err = usageError{err}
+		}
 	}
-	return 0
+	var usage usageError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &usage):
+		fmt.Fprintf(os.Stderr, "knock: %v\nhint: `knock --help` shows how it is used\n", err)
+		return exitUsage
+	}
+	fmt.Fprintln(os.Stderr, "knock:", err)
+	return exitFailed
 }
+
+// Exit statuses.
+const (
+	exitFailed = 1
+	exitUsage  = 2
+)
+
+// usageError is a command line that was not understood.
+type usageError struct{ error }
 
 type options struct {
 	profile              string
@@ -48,7 +67,8 @@ func command() *cobra.Command {
 		Use:   "knock [HOST PORT[:PROTO]...]",
 		Short: "Open the bastion's door to this address",
 		Long: "Without arguments: knocks as the profile says, tries the gate, and says whether it is open (exit status 0) or why probably\n" +
-			"not (1). With a host and ports: sends a packet to each in turn, as knockd's client does, and asks nobody.",
+			"not (1). With a host and ports: sends a packet to each in turn, as knockd's client does, and asks nobody.\n\n" +
+			"Exit status: 0 open, or all is sent; 1 not; 2 the command line is wrong.",
 		Example: `  knock
   knock bastion.example.com 7102 19044 33127
   knock -u bastion.example.com 7102 19044:tcp 33127`,
@@ -59,14 +79,14 @@ func command() *cobra.Command {
 			defer stop()
 			switch {
 			case o.version:
-				fmt.Println("knock (perimeterd client)")
+				fmt.Println("knock version", client.Version())
 				return nil
 			case len(args) == 0:
 				return o.profileKnock(ctx)
 			case o.profile != "":
-				return errors.New("--profile knows its host: give it or HOST and ports, not both")
+				return usageError{errors.New("--profile knows its host: give it or HOST and ports, not both")}
 			case len(args) == 1:
-				return fmt.Errorf("no ports for %s: give them in order, as in knock %s 7102 19044:udp 33127", args[0], args[0])
+				return usageError{fmt.Errorf("no ports for %s: give them in order, as in knock %s 7102 19044:udp 33127", args[0], args[0])}
 			}
 			delay := knock.Gap
 			if c.Flags().Changed("delay") {
@@ -112,7 +132,7 @@ func (o *options) profileKnock(ctx context.Context) error {
 	}
 	took := time.Since(start)
 	conn.Close()
-	fmt.Printf("open, %d s (%d ms)\n", int(window.Seconds()), took.Milliseconds())
+	fmt.Printf("open, %d s (%d ms)\n", int(p.Window().Seconds()), took.Milliseconds())
 	return nil
 }
 
@@ -125,7 +145,7 @@ func (o *options) sequence(ctx context.Context, host string, args []string, dela
 		}
 		p, err := knock.ParsePort(a)
 		if err != nil {
-			return err
+			return usageError{err}
 		}
 		ports = append(ports, p)
 	}
@@ -142,7 +162,7 @@ func (o *options) sequence(ctx context.Context, host string, args []string, dela
 			fmt.Printf("hitting %s %s\n", proto, netip.AddrPortFrom(addr, p.Number))
 		}
 	}
-	return knock.Send(ctx, netip.Addr{}, addr, ports, delay)
+	return client.ExplainSend(knock.Send(ctx, netip.Addr{}, addr, ports, delay))
 }
 
 func (o *options) resolve(ctx context.Context, host string) (netip.Addr, error) {

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"perimeterd/configs"
+	"perimeterd/firewall"
 	"perimeterd/internal/control"
 	"perimeterd/internal/identity"
 )
@@ -37,13 +38,31 @@ func checks() []check {
 	}
 }
 
+// line is what check prints of one thing.
+type line struct {
+	status string // ok, warning, problem
+	name   string
+	text   string
+}
+
+// found makes a line of what was found out.
+func found(name, text string, err error) line {
+	if err != nil {
+		return line{"problem", name, err.Error()}
+	}
+	return line{"ok", name, text}
+}
+
 func newCheckCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "check",
-		Short: "Say what is wrong with configuration, keys and state",
+		Short: "Say what is wrong with configuration, keys, this host and its kernel",
 		Long: `Examples:
   perimeterd check
   perimeterd check --config /tmp/new.toml    before it goes live
+
+Whether the kernel can do its part is tried by doing it, in a network namespace of its own, with knocks that it sends itself;
+that takes root and a second or two. The running daemon and the host's traffic are not touched.
 
 Exit status, for monitors: 0 all is well, 1 something is not, 2 the configuration is wrong.`,
 		Args: cobra.NoArgs,
@@ -55,14 +74,21 @@ Exit status, for monitors: 0 all is well, 1 something is not, 2 the configuratio
 			out := cmd.OutOrStdout()
 			fmt.Fprintf(out, "ok       configuration: %s\n", c.File)
 			problems := 0
+			show := func(lines ...line) {
+				for _, l := range lines {
+					if l.status == "problem" {
+						problems++
+					}
+					fmt.Fprintf(out, "%-8s %s: %s\n", l.status, l.name, l.text)
+				}
+			}
 			for _, k := range checks() {
 				text, err := k.run(cmd.Context(), c)
-				if err != nil {
-					problems++
-					fmt.Fprintf(out, "problem  %s: %v\n", k.name, err)
-					continue
-				}
-				fmt.Fprintf(out, "ok       %s: %s\n", k.name, text)
+				show(found(k.name, text, err))
+			}
+			show(checkHost(cmd.Context(), c)...)
+			for _, a := range firewall.CheckKernel(cmd.Context(), c.Firewall) {
+				show(found("kernel, "+a.Name, a.Text, a.Err))
 			}
 			if problems > 0 {
 				return fmt.Errorf("problems: %d, see above", problems)

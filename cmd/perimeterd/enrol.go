@@ -73,7 +73,7 @@ func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) (err error) {
 			os.Remove(o.out)
 		}
 	}()
-	return withUsers(cmd.Context(), c.Paths, func(us users) error {
+	return withUsers(cmd.Context(), c, func(us users) error {
 		u, err := us.AddUser(cmd.Context(), identity.Enrolment{
 			Name: o.name, Groups: o.groups, Device: o.device, Key: issued.KeyHash, NotAfter: issued.NotAfter,
 		})
@@ -218,6 +218,7 @@ func serverProfile(c *configs.Config) (p client.Profile, master [32]byte, err er
 		TunnelPort:      c.Gate.TunnelPort,
 		ServerID:        hex.EncodeToString(id[:]),
 		ServerPublicKey: base64.StdEncoding.EncodeToString(public[:]),
+		KnockWindow:     c.Knock.Window.String(),
 		Egress:          []string{},
 		CA:              string(ca),
 	}

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/ecdh"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
@@ -23,12 +22,10 @@ import (
 	"github.com/spf13/cobra"
 
 	"perimeterd/configs"
+	"perimeterd/internal/control"
 	"perimeterd/internal/identity"
 	"perimeterd/vpn"
 )
-
-// serviceUnit is started after init where systemd has it.
-const serviceUnit = "perimeterd.service"
 
 type initOptions struct {
 	config   string // path
@@ -50,16 +47,22 @@ func newInitCommand() *cobra.Command {
 
 It asks nothing, and overwrites nothing. On EC2 the instance metadata service (IMDSv2) is asked for a second at most;
 AWS_EC2_METADATA_DISABLED=true keeps it from that.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			if o.config, err = cmd.Flags().GetString("config"); err != nil {
 				return err
 			}
 			if o.dir != "" {
+				if cmd.Flags().Changed("config") {
+					return usageError{errors.New("--dir and --config: --dir DIR keeps the configuration at DIR/perimeterd.toml: leave one of them off")}
+				}
 				if o.dir, err = filepath.Abs(o.dir); err != nil {
 					return err
 				}
 				o.config = filepath.Join(o.dir, "perimeterd.toml")
+			}
+			if o.config, err = filepath.Abs(o.config); err != nil {
+				return err
 			}
 			return runInit(cmd.Context(), cmd.OutOrStdout(), o)
 		},
@@ -85,12 +88,20 @@ func runInit(ctx context.Context, out io.Writer, o initOptions) error {
 	if err != nil {
 		return err
 	}
-	if err := writeAll(c, o.config, text, time.Now()); errors.Is(err, fs.ErrPermission) {
-		return fmt.Errorf("%w: run it as root, or try it out with --dir DIR", err)
-	} else if err != nil {
+	if err := untouched(c, o.config); err != nil {
 		return err
 	}
-	return o.report(ctx, out, c, ec2)
+	if err := nobodyListens(c.Firewall.GatePorts[0]); err != nil {
+		return usageError{err}
+	}
+	made, err := writeAll(c, o.config, text, time.Now())
+	if errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("%w: run it as root, or try it out with --dir DIR", err)
+	}
+	if err != nil {
+		return err
+	}
+	return o.report(ctx, out, c, ec2, made)
 }
 
 // values are the keys of the reference that init fills in.
@@ -114,13 +125,23 @@ func (o *initOptions) values(ec2 instance) (map[string]any, error) {
 	if err != nil {
 		return nil, err
 	}
+	gatePort, err := strconv.ParseUint(port, 10, 16)
+	if err != nil {
+		return nil, err
+	}
+	if use, others := othersPorts[uint16(gatePort)]; others {
+		return nil, usageError{fmt.Errorf("--endpoint %q: port %d is %s, and the gate's port is shut to everybody who did not knock: "+
+			"leave the port off for %d, or take another, as in %s", endpoint, gatePort, use, vpn.DefaultPort, net.JoinHostPort(host, "443"))}
+	}
 	egress := []string{}
 	for _, e := range o.egress {
-		// A single address is meant as itself; configs says what is wrong with anything else.
+		// A single address is meant as itself.
 		if a, err := netip.ParseAddr(e); err == nil {
 			e = netip.PrefixFrom(a, a.BitLen()).String()
-		} else if _, err := netip.ParsePrefix(e); err != nil {
+		} else if p, err := netip.ParsePrefix(e); err != nil {
 			return nil, usageError{fmt.Errorf("--egress %q: want a CIDR, as in 203.0.113.10/32", e)}
+		} else if p != p.Masked() {
+			return nil, usageError{fmt.Errorf("--egress %q: bits are set past the prefix: write %v, or %v for the one address", e, p.Masked(), p.Addr())}
 		}
 		egress = append(egress, e)
 	}
@@ -129,13 +150,9 @@ func (o *initOptions) values(ec2 instance) (map[string]any, error) {
 		if !a.IsValid() {
 			a, _ = netip.ParseAddr(host) // a host goes out by the address at which it is reached, as a rule
 		}
-		if a.IsGlobalUnicast() && !a.IsPrivate() {
+		if a.Is4() && a.IsGlobalUnicast() && !a.IsPrivate() { // egress.ipv6 is off: AWS sees no address of IPv6
 			egress = append(egress, netip.PrefixFrom(a, a.BitLen()).String())
 		}
-	}
-	gatePort, err := strconv.ParseUint(port, 10, 16)
-	if err != nil {
-		return nil, err
 	}
 	v := map[string]any{
 		"gate.endpoint":        endpoint,
@@ -150,6 +167,33 @@ func (o *initOptions) values(ec2 instance) (map[string]any, error) {
 		v["state_dir"], v["run_dir"] = filepath.Join(o.dir, "state"), filepath.Join(o.dir, "run")
 	}
 	return v, nil
+}
+
+// othersPorts are what the gate must not have. A gate on SSH's port locks the operator out.
+var othersPorts = map[uint16]string{
+	22: "SSH's", 25: "SMTP's", 53: "DNS's", 80: "the console's and HTTP's", 3128: "the proxy's",
+}
+
+// nobodyListens refuses a TCP port at which a service of this host is reached now: only those who knock would reach it.
+func nobodyListens(port uint16) error {
+	for _, file := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
+		table, err := os.ReadFile(file)
+		if errors.Is(err, fs.ErrNotExist) { // a kernel without IPv6
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		// proc(5): sl, local_address as HEX:PORT, rem_address, st, which is 0A for TCP_LISTEN.
+		for line := range strings.Lines(string(table)) {
+			f := strings.Fields(line)
+			if len(f) > 3 && f[3] == "0A" && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", port)) {
+				return fmt.Errorf("port %d/tcp: a service of this host listens there (`ss -ltnp sport = :%d` shows it), and the gate would shut it "+
+					"to everybody who did not knock: stop the service, or name another port with --endpoint HOST:PORT", port, port)
+			}
+		}
+	}
+	return nil
 }
 
 // commonPorts are ports above 1023 that scanners try first, or that services of a bastion's neighbours use.
@@ -191,9 +235,8 @@ func randomSequence(gate uint16) []string {
 	}
 }
 
-// writeAll makes every file, or none: what it wrote before an error goes again. The configuration comes last, so where it
-// is, the rest is.
-func writeAll(c *configs.Config, config string, text []byte, now time.Time) (err error) {
+// untouched refuses where a file that writeAll makes is there already.
+func untouched(c *configs.Config, config string) error {
 	id := c.Identity
 	for _, path := range []string{config, id.CA, id.CAKey, id.Cert, id.Key, id.Master, id.WireGuardKey, id.ServerID} {
 		if _, err := os.Lstat(path); err == nil {
@@ -203,47 +246,52 @@ func writeAll(c *configs.Config, config string, text []byte, now time.Time) (err
 			return err
 		}
 	}
+	return nil
+}
+
+// writeAll makes every file, or none: what it wrote before an error goes again. The configuration comes last, so where it
+// is, the rest is. Made are the directories that were not there before.
+func writeAll(c *configs.Config, config string, text []byte, now time.Time) (made []string, err error) {
+	id := c.Identity
 	var serverID [16]byte
 	rand.Read(serverID[:]) // never fails since Go 1.24
 	name := hex.EncodeToString(serverID[:])
 	ca, err := identity.NewCA("perimeterd CA "+name[:8], now)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	host, _, err := net.SplitHostPort(c.Gate.Endpoint)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	gate, err := ca.IssueServer(name, host, now)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var master [32]byte
 	rand.Read(master[:])
-	wireguard, err := ecdh.X25519().GenerateKey(rand.Reader)
-	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Dir(config), 0o755); err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Dir(id.CAKey), 0o700); err != nil {
-		return err
-	}
-	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
-		return err
-	}
+	var wireguard [32]byte
+	rand.Read(wireguard[:])
 	var written []string
 	defer func() {
 		if err != nil {
-			for _, path := range written {
+			slices.Reverse(made) // children first
+			for _, path := range append(written, made...) {
 				os.Remove(path)
 			}
 		}
 	}()
+	for _, d := range []struct {
+		path string
+		perm fs.FileMode
+	}{{filepath.Dir(config), 0o755}, {filepath.Dir(id.CAKey), 0o700}, {c.StateDir, 0o700}} {
+		if made, err = mkdirAll(d.path, d.perm, made); err != nil {
+			return made, err
+		}
+	}
 	written = append(written, id.CA, id.CAKey)
 	if err := ca.Save(id.CA, id.CAKey); err != nil {
-		return err
+		return made, err
 	}
 	for _, f := range []struct {
 		path string
@@ -253,20 +301,35 @@ func writeAll(c *configs.Config, config string, text []byte, now time.Time) (err
 		{id.Cert, gate.Certificate, 0o644},
 		{id.Key, gate.Key, 0o600},
 		{id.Master, identity.EncodeKey(master), 0o600},
-		{id.WireGuardKey, identity.EncodeKey([32]byte(wireguard.Bytes())), 0o600},
+		{id.WireGuardKey, identity.EncodeKey(wireguard), 0o600},
 		{id.ServerID, []byte(name + "\n"), 0o644},
 		{config, text, 0o640},
 	} {
 		written = append(written, f.path)
 		if err := identity.WriteNew(f.path, f.data, f.perm); err != nil {
-			return err
+			return made, err
 		}
 	}
-	return nil
+	return made, nil
+}
+
+// mkdirAll is os.MkdirAll, and adds to made what it made, parents first.
+func mkdirAll(path string, perm fs.FileMode, made []string) ([]string, error) {
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+		return made, err
+	}
+	made, err := mkdirAll(filepath.Dir(path), perm, made)
+	if err != nil {
+		return made, err
+	}
+	if err := os.Mkdir(path, perm); err != nil {
+		return made, err
+	}
+	return append(made, path), nil
 }
 
 // report ends init with what is left to do.
-func (o *initOptions) report(ctx context.Context, out io.Writer, c *configs.Config, ec2 instance) error {
+func (o *initOptions) report(ctx context.Context, out io.Writer, c *configs.Config, ec2 instance, made []string) error {
 	flag := ""
 	if o.config != configs.DefaultPath {
 		flag = " --config " + o.config
@@ -277,7 +340,11 @@ func (o *initOptions) report(ctx context.Context, out io.Writer, c *configs.Conf
 		ports = append(ports, p.String())
 	}
 	gate := c.Firewall.GatePorts[0]
-	fmt.Fprintf(out, "%s and %s are written.\n\n", o.config, filepath.Dir(c.Identity.CAKey)+"/")
+	fmt.Fprintf(out, "%s and %s are written; users and sessions will be in %s.\n", o.config, filepath.Dir(c.Identity.CAKey)+"/", c.StateDir)
+	if len(made) > 0 {
+		fmt.Fprintf(out, "New directories: %s\n", strings.Join(made, " "))
+	}
+	fmt.Fprintln(out)
 	if len(c.Egress.Public) == 0 {
 		fmt.Fprintf(out, "The address that AWS sees is not known: write it in [egress] public before making policies.\n\n")
 	} else {
@@ -286,12 +353,12 @@ func (o *initOptions) report(ctx context.Context, out io.Writer, c *configs.Conf
 	fmt.Fprintf(out, "Open these ports to everybody in the security group or outer firewall; the host itself keeps them shut:\n"+
 		"    %d/tcp  the gate\n    %d/udp  tunnel and token knocks\n    %s tcp  the knock sequence\n\n",
 		gate, c.Firewall.TunnelPort, strings.Join(ports, ", "))
-	fmt.Fprintf(out, "    %s\n\n", authorizeIngress(ec2, gate, c.Firewall.TunnelPort, ports))
+	fmt.Fprintf(out, "    %s\n\n", authorizeIngress(ec2, c.Endpoint, gate, c.Firewall.TunnelPort, ports))
 	switch {
-	case o.config == configs.DefaultPath && hasService(ctx):
-		if text, err := exec.CommandContext(ctx, "systemctl", "enable", "--now", serviceUnit).CombinedOutput(); err != nil {
+	case o.config == configs.DefaultPath && control.HasService():
+		if text, err := exec.CommandContext(ctx, "systemctl", "enable", "--now", control.Unit).CombinedOutput(); err != nil {
 			return fmt.Errorf("everything is written, but the service did not start: systemctl: %s: see journalctl -u %s",
-				strings.TrimSpace(string(text)), serviceUnit)
+				strings.TrimSpace(string(text)), control.Unit)
 		}
 		fmt.Fprintf(out, "The service runs.\n\n")
 	default:
@@ -302,7 +369,7 @@ func (o *initOptions) report(ctx context.Context, out io.Writer, c *configs.Conf
 }
 
 // authorizeIngress is the aws command for the ports.
-func authorizeIngress(ec2 instance, gate, tunnel uint16, sequence []string) string {
+func authorizeIngress(ec2 instance, endpoint string, gate, tunnel uint16, sequence []string) string {
 	var b strings.Builder
 	group := ec2.SecurityGroup
 	if group == "" {
@@ -313,8 +380,12 @@ func authorizeIngress(ec2 instance, gate, tunnel uint16, sequence []string) stri
 		b.WriteString(" --region " + ec2.Region)
 	}
 	b.WriteString(" --ip-permissions")
+	ranges := "IpRanges=[{CidrIp=0.0.0.0/0}]"
+	if a, err := netip.ParseAddrPort(endpoint); err != nil || a.Addr().Is6() { // a name may lead to both
+		ranges += ",Ipv6Ranges=[{CidrIpv6=::/0}]"
+	}
 	permit := func(proto, port string) {
-		fmt.Fprintf(&b, " 'IpProtocol=%s,FromPort=%s,ToPort=%s,IpRanges=[{CidrIp=0.0.0.0/0}]'", proto, port, port)
+		fmt.Fprintf(&b, " 'IpProtocol=%s,FromPort=%s,ToPort=%s,%s'", proto, port, port, ranges)
 	}
 	permit("tcp", strconv.Itoa(int(gate)))
 	permit("udp", strconv.Itoa(int(tunnel)))
@@ -322,13 +393,4 @@ func authorizeIngress(ec2 instance, gate, tunnel uint16, sequence []string) stri
 		permit("tcp", p)
 	}
 	return b.String()
-}
-
-// hasService says whether systemd is PID 1 here and knows the unit.
-func hasService(ctx context.Context) bool {
-	comm, err := os.ReadFile("/proc/1/comm")
-	if err != nil || strings.TrimSpace(string(comm)) != "systemd" {
-		return false
-	}
-	return exec.CommandContext(ctx, "systemctl", "cat", serviceUnit).Run() == nil
 }

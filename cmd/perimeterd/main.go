@@ -76,7 +76,7 @@ Exit status: 0 done, 1 failed, 2 the command line or the configuration is wrong.
 	}
 	root.PersistentFlags().String("config", configs.DefaultPath, "configuration `FILE`")
 	root.AddCommand(newInitCommand(), newCheckCommand(), newRunCommand(), newUserCommand(),
-		newStatusCommand(), newSessionsCommand(), newKickCommand())
+		newStatusCommand(), newSessionsCommand(), newKickCommand(), newWatchCommand())
 	return root
 }
 

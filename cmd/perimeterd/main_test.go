@@ -6,12 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -89,7 +91,7 @@ func checkProfile(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	c, err := configs.Load(filepath.Join(dir, "perimeterd.toml"))
 	ts.Check(err)
-	if !slices.Equal(p.Endpoints, []string{c.Endpoint}) || p.TunnelPort != 1194 || p.KnockStep != "30s" || len(p.Sequence) != 4 ||
+	if !slices.Equal(p.Endpoints, []string{c.Endpoint}) || p.TunnelPort != 1194 || p.KnockStep != "30s" || p.KnockWindow != "1m0s" || len(p.Sequence) != 4 ||
 		p.Sequence[2] != c.Firewall.Sequences[0].Ports[2].String() {
 		ts.Fatalf("endpoints %v, tunnel %d, step %s, sequence %v", p.Endpoints, p.TunnelPort, p.KnockStep, p.Sequence)
 	}
@@ -241,17 +243,12 @@ func TestInitLeavesNothingOfAFailure(t *testing.T) {
 	}
 	// The gate's key cannot be written: its directory is missing.
 	c.Identity.Key = filepath.Join(dir, "elsewhere", "gate.key")
-	if err := writeAll(c, config, text, time.Now()); err == nil {
+	if _, err := writeAll(c, config, text, time.Now()); err == nil {
 		t.Fatal("no error")
 	}
-	err = filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
-		if err == nil && !d.IsDir() {
-			t.Errorf("%s stays", path)
-		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
+	left, err := os.ReadDir(dir)
+	if err != nil || len(left) > 0 {
+		t.Fatalf("%v stays, %v", left, err)
 	}
 }
 
@@ -263,11 +260,63 @@ func TestExitStatusTellsUsageFromFailure(t *testing.T) {
 	}{
 		{"nonsense", 2}, {"init extra", 2}, {"user add", 2}, {"user", 2}, {"status --nonsense", 2},
 		{"check --config " + dir + "/missing.toml", 2}, {"user add x --valid soon", 2}, {"run --config " + dir + "/missing.toml", 2},
-		{"kick alice --config " + dir + "/missing.toml", 2},
+		{"kick alice --config " + dir + "/missing.toml", 2}, {"user add x --valid 0s", 2}, {"user add x --valid -1h", 2},
+		{"user add x --group=", 2}, {"user add x --group ok --group A", 2}, {"user revoke", 2}, {"user revoke a b", 2}, {"kick", 2},
+		{"user list x", 2}, {"init --dir " + dir + " --config " + dir + "/c.toml", 2}, {"init --endpoint h:22 --dir " + dir, 2},
 	} {
 		err := execute(context.Background(), strings.Fields(test.args))
 		if err == nil || exitStatus(err) != test.status {
 			t.Errorf("%s: %v, status %s", test.args, err, strconv.Itoa(exitStatus(err)))
+		}
+	}
+}
+
+func TestInitTakesNoPortThatAServiceHas(t *testing.T) {
+	t.Setenv("AWS_EC2_METADATA_DISABLED", "true")
+	for _, network := range []string{"tcp4", "tcp6"} {
+		address := map[string]string{"tcp4": "127.0.0.1:0", "tcp6": "[::1]:0"}[network]
+		ln, err := net.Listen(network, address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, port, err := net.SplitHostPort(ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir := filepath.Join(t.TempDir(), "d")
+		err = execute(context.Background(), []string{"init", "--dir", dir, "--endpoint", "bastion.example.com:" + port})
+		if err == nil || exitStatus(err) != exitUsage || !strings.Contains(err.Error(), "port "+port+"/tcp: a service of this host listens there") {
+			t.Errorf("%s: %v", network, err)
+		}
+		if _, err := os.Stat(dir); err == nil {
+			t.Errorf("%s was made", dir)
+		}
+		ln.Close()
+		n, err := strconv.ParseUint(port, 10, 16)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := nobodyListens(uint16(n)); err != nil {
+			t.Errorf("%s: after it is closed: %v", network, err)
+		}
+	}
+}
+
+func TestVersionNamesTheRevisionWhereNoneWasTagged(t *testing.T) {
+	const revision = "777963b0123456789abcdef0123456789abcdef0"
+	stamped := []debug.BuildSetting{{Key: "vcs", Value: "git"}, {Key: "vcs.revision", Value: revision}}
+	for _, test := range []struct {
+		info *debug.BuildInfo
+		want string
+	}{
+		{&debug.BuildInfo{Main: debug.Module{Version: "v1.2.3"}, Settings: stamped}, "v1.2.3"},
+		{&debug.BuildInfo{Main: debug.Module{Version: "(devel)"}, Settings: stamped}, "devel-777963b01234"},
+		{&debug.BuildInfo{Settings: stamped}, "devel-777963b01234"},
+		{&debug.BuildInfo{Main: debug.Module{Version: "(devel)"}}, "devel"},
+		{nil, "devel"},
+	} {
+		if got := versionOf(test.info); got != test.want {
+			t.Errorf("%+v: %s, want %s", test.info, got, test.want)
 		}
 	}
 }

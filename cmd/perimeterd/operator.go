@@ -10,15 +10,20 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"perimeterd/configs"
 	"perimeterd/internal/control"
 	"perimeterd/internal/identity"
 	"perimeterd/internal/session"
 )
 
+// places are where the daemon answers and where the state lies: configs.Paths, or a whole *configs.Config.
+type places interface {
+	ControlSocket() string
+	StateFile() string // empty: not known
+}
+
 // withUsers runs fn on the running daemon, or on the state file where none runs. The file's lock is the truth: who holds
 // it writes, so the two never write both. The daemon is asked first, since a held lock shows only after a second.
-func withUsers(ctx context.Context, p configs.Paths, fn func(users) error) error {
+func withUsers(ctx context.Context, p places, fn func(users) error) error {
 	daemon := control.NewClient(p.ControlSocket())
 	_, err := daemon.Status(ctx)
 	if err == nil {
@@ -27,7 +32,7 @@ func withUsers(ctx context.Context, p configs.Paths, fn func(users) error) error
 	if !errors.Is(err, control.ErrNotRunning) {
 		return err
 	}
-	if p.StateDir == "" {
+	if p.StateFile() == "" {
 		return fmt.Errorf("%w; without it the state file is needed: correct state_dir in the configuration", err)
 	}
 	db, err := identity.OpenState(p.StateFile())

@@ -12,12 +12,15 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
 	"perimeterd/configs"
 	"perimeterd/firewall"
+	"perimeterd/internal/console"
 	"perimeterd/internal/control"
+	"perimeterd/internal/event"
 	"perimeterd/internal/identity"
 	"perimeterd/internal/session"
 	"perimeterd/proxy"
@@ -76,6 +79,12 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		return err
 	}
 
+	registry := prometheus.NewRegistry()
+	metrics, err := console.NewMetrics(registry, version(), time.Now())
+	if err != nil {
+		return err
+	}
+
 	// The ports before the table, which would take them from a program that has one of them. Until the table is there the
 	// gate's sockets are deaf.
 	var gates []net.Listener
@@ -93,6 +102,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 
 	// The door before everything behind it: nothing of ours is reachable without a knock.
 	door := firewall.New(log, 0)
+	door.Count(metrics)
 	names := &credentials{users: users, meta: meta, master: keys.master[:]}
 	table, err := tableConfig(cfg, names, gid, log)
 	if err != nil {
@@ -139,6 +149,11 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	if err != nil {
 		return err
 	}
+	api.Count(metrics.GateRequest)
+	forward.Watch(metrics.Access)
+	if err := metrics.Ask(console.Sources{Sets: door, Owned: door.Owned, Pending: tunnel.Pending, Connections: forward.Live}); err != nil {
+		return err
+	}
 	// A daemon that was killed in the middle of a revocation left sessions that nobody else would end.
 	if err := endRevoked(store, users, log); err != nil {
 		return err
@@ -147,6 +162,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	store.Watch(tunnel.SessionEvent)
 	store.Watch(forward.SessionEvent)
 	store.Watch(api.SessionEvent)
+	store.Watch(metrics.SessionEvent)
 	store.Watch(func(e session.Event) {
 		if e.Ended != "" {
 			log.Info("session ended", "session", e.Session.ID, "user", e.Session.User, "device", e.Session.Device, "reason", e.Ended)
@@ -163,13 +179,22 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		Status:      statusOf(access.config, door),
 	}
 
+	events := event.NewLog(log, event.StrangerLimits())
 	g, ctx := errgroup.WithContext(ctx)
 	observing, operating := make(chan struct{}), make(chan struct{})
 	g.Go(func() error {
+		tell := func(e event.Event) { metrics.Event(e, events.Add(e)) }
 		return door.Observe(ctx, table.LogGroup, observing, func(o firewall.Opening) {
-			log.Info("window opened", "user", names.name(o.Credential), "source", o.Source, "sequence", o.Sequence, "for", access.config().Knock.Window.String())
+			tell(event.Event{Kind: event.Opened, Source: o.Source, Port: o.Port, User: names.name(o.Credential), Sequence: o.Sequence, For: access.config().Knock.Window, At: o.At})
+		}, func(r firewall.Refusal) {
+			tell(event.Event{Kind: event.Kind(r.Kind), Source: r.Source, Port: r.Port, Sequence: r.Sequence, At: r.At})
 		})
 	})
+	g.Go(func() error { return events.Run(ctx) })
+	g.Go(func() error { return console.NewAlarm(door, log).Run(ctx) })
+	if cfg.Console.Metrics != "" {
+		g.Go(func() error { return console.Serve(ctx, cfg.Console.Metrics, registry) })
+	}
 	g.Go(func() error { return door.Watch(ctx, refill) })
 	if cfg.Knock.Tokens {
 		g.Go(func() error { return tokens.Run(ctx) })

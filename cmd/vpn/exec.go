@@ -1,12 +1,15 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -16,7 +19,7 @@ import (
 func execCommand(profile *string) *cobra.Command {
 	timeout := defaultTimeout
 	c := &cobra.Command{
-		Use: "exec -- COMMAND [ARG]...", Short: "Run a command through the tunnel", Args: cobra.MinimumNArgs(1),
+		Use: "exec -- COMMAND [ARG]...", Short: "Run a command through the tunnel", Args: needsCommand,
 		Long: "Brings the tunnel up where it is down, for as long as the command runs, and points the command's proxy variables at it.\n" +
 			"The command never runs without the tunnel. Its exit status is passed on; 125: no tunnel, 126: not executable, 127: not found.",
 		Example: "  vpn exec -- aws sts get-caller-identity",
@@ -34,14 +37,14 @@ func execCommand(profile *string) *cobra.Command {
 					if _, err := raise(ctx, p, *profile, timeout, true, step); err != nil {
 						return nil, client.Status{}, err
 					}
-					hold, s, err := client.Hold(ctx, p)
+					held, s, err := hold(ctx, p, timeout)
 					if errors.Is(err, client.ErrDown) && ctx.Err() == nil {
 						continue // its last holder left in this very moment
 					}
 					if err != nil {
 						return nil, s, err
 					}
-					return func() { hold.Close() }, s, nil
+					return func() { held.Close() }, s, nil
 				}
 			})
 		},
@@ -49,6 +52,20 @@ func execCommand(profile *string) *cobra.Command {
 	c.Flags().SetInterspersed(false)
 	c.Flags().DurationVar(&timeout, "timeout", timeout, "give up after so long")
 	return c
+}
+
+// hold waits for the tunnel a little longer than its process does, which then says why.
+func hold(ctx context.Context, p *client.Profile, timeout time.Duration) (net.Conn, client.Status, error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout+5*time.Second)
+	defer cancel()
+	return client.Hold(ctx, p, timeout)
+}
+
+func needsCommand(_ *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return errors.New("no command to run")
+	}
+	return nil
 }
 
 const (
@@ -87,7 +104,7 @@ func through(profile string, args []string, hold func(*client.Profile) (func(), 
 	cmd.Args[0] = args[0]
 	cmd.Env = environ(os.Environ(), client.Environment(s))
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	if err := cmd.Start(); err != nil {
+	if err := client.WithoutPrivilege(cmd.Start); err != nil {
 		return fail(exitNotExecutable, err)
 	}
 	done := make(chan error, 1)

@@ -15,17 +15,21 @@ import (
 func importCommand() *cobra.Command {
 	force, passphraseFile := false, ""
 	c := &cobra.Command{
-		Use: "import FILE", Short: "Keep a profile, asking its passphrase where it has one", Args: cobra.ExactArgs(1),
+		Use: "import FILE", Short: "Keep a profile, asking its passphrase where it has one", Args: oneArgument,
 		RunE: func(_ *cobra.Command, args []string) error {
 			passphrase := askPassphrase
 			if passphraseFile != "" {
 				passphrase = func() ([]byte, error) { return readPassphrase(passphraseFile) }
 			}
+			open := client.OpenToOthers(args[0])
 			p, kept, err := client.Import(args[0], passphrase, force)
 			if err != nil {
 				return err
 			}
 			fmt.Printf("profile %s kept in %s; its certificate is valid until %s\n", p.Name(), kept, p.Expires().Local().Format("2006-01-02 15:04"))
+			if open != nil {
+				fmt.Fprintf(os.Stderr, "warning: %s: %v: if anybody else could read it here, ask the operator for a new one\n", args[0], open)
+			}
 			fmt.Fprintf(os.Stderr, "%s is not needed any more: delete it, it opens the same door\n", args[0])
 			return nil
 		},

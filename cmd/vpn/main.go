@@ -27,8 +27,16 @@ func main() { os.Exit(run(os.Args[1:])) }
 
 func run(args []string) int {
 	root := command()
+	understood := false
+	root.PersistentPreRun = func(*cobra.Command, []string) { understood = true }
 	root.SetArgs(args)
-	err := root.Execute()
+	err := client.BecomeInvoker()
+	if err == nil {
+		var c *cobra.Command
+		if c, err = root.ExecuteC(); err != nil && !understood {
+			err = usageError{fmt.Errorf("%w\nhint: `%s --help` shows how it is used", err, c.CommandPath())}
+		}
+	}
 	var status exitStatus
 	switch {
 	case err == nil:
@@ -51,11 +59,35 @@ func (s exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(s)
 
 type usageError struct{ error }
 
+func noArguments(_ *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("%q is too much: it takes no arguments", args[0])
+	}
+	return nil
+}
+
+// oneArgument wants the one that the command's usage names.
+func oneArgument(c *cobra.Command, args []string) error {
+	_, name, _ := strings.Cut(c.Use, " ")
+	switch len(args) {
+	case 0:
+		return fmt.Errorf("%s is missing", name)
+	case 1:
+		return nil
+	}
+	return fmt.Errorf("%q is too much: it takes one %s", args[1], name)
+}
+
 func command() *cobra.Command {
 	var profile string
 	root := &cobra.Command{
 		Use:   "vpn",
 		Short: "A tunnel to the bastion, and programs through it",
+		Long: "A tunnel to the bastion, and programs through it.\n\n" +
+			"A tunnel needs CAP_NET_ADMIN: run it with sudo, which works with your own profiles and runs commands as you, or once:\n" +
+			"sudo setcap cap_net_admin+ep \"$(command -v vpn)\"\n\n" +
+			"Exit status: 0 done, 1 failed, 2 the command line is wrong; exec has its own, see there.",
+		Version: client.Version(),
 		Example: `  vpn import alice.profile        keep the profile you were sent
   vpn up                          knock, and bring the tunnel up
   vpn exec -- aws s3 ls           one command through the tunnel
@@ -65,9 +97,6 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 	}
 	root.PersistentFlags().StringVar(&profile, "profile", "", "profile `NAME|FILE` (default: the one of `vpn use`, else the only one)")
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
-		return usageError{fmt.Errorf("%w: see vpn --help", err)}
-	})
 	load := func() (*client.Profile, error) { return client.LoadProfile(profile) }
 	root.AddCommand(upCommand(&profile), keepCommand(&profile), downCommand(load), statusCommand(load), execCommand(&profile),
 		envCommand(load), useCommand(), importCommand())
@@ -81,7 +110,7 @@ func interrupted() (context.Context, func()) {
 
 func downCommand(load func() (*client.Profile, error)) *cobra.Command {
 	return &cobra.Command{
-		Use: "down", Short: "End the session and remove the tunnel", Args: cobra.NoArgs,
+		Use: "down", Short: "End the session and remove the tunnel", Args: noArguments,
 		RunE: func(*cobra.Command, []string) error {
 			p, err := load()
 			if err != nil {
@@ -105,7 +134,7 @@ func downCommand(load func() (*client.Profile, error)) *cobra.Command {
 func statusCommand(load func() (*client.Profile, error)) *cobra.Command {
 	asJSON := false
 	c := &cobra.Command{
-		Use: "status", Short: "Say how the tunnel is; exit status 1 when it is down", Args: cobra.NoArgs,
+		Use: "status", Short: "Say how the tunnel is; exit status 1 when it is down", Args: noArguments,
 		RunE: func(*cobra.Command, []string) error {
 			p, err := load()
 			if err != nil {
@@ -152,9 +181,6 @@ func statusText(s client.Status, certificate, now time.Time) string {
 		line("data", "%s", s.Data)
 		line("address", "%v on %s", s.Address.Addr(), s.Interface)
 		line("proxy", "http://%v", s.Proxy)
-		if s.Console.IsValid() {
-			line("console", "http://%v", s.Console)
-		}
 		line("gate", "%v", s.Gate)
 		line("egress", "%s", strings.Join(s.Egress, ", "))
 		line("key exchange", "%s", map[bool]string{true: "post-quantum", false: "classical"}[s.PostQuantum])
@@ -168,7 +194,7 @@ func statusText(s client.Status, certificate, now time.Time) string {
 
 func envCommand(load func() (*client.Profile, error)) *cobra.Command {
 	return &cobra.Command{
-		Use: "env", Short: "Print the shell's exports for the proxy", Example: `  eval "$(vpn env)"`, Args: cobra.NoArgs,
+		Use: "env", Short: "Print the shell's exports for the proxy", Example: `  eval "$(vpn env)"`, Args: noArguments,
 		RunE: func(*cobra.Command, []string) error {
 			p, err := load()
 			if err != nil {
@@ -194,7 +220,7 @@ func envCommand(load func() (*client.Profile, error)) *cobra.Command {
 
 func useCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "use NAME", Short: "Make an imported profile the default", Args: cobra.ExactArgs(1),
+		Use: "use NAME", Short: "Make an imported profile the default", Args: oneArgument,
 		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 			names, _ := client.Names()
 			return names, cobra.ShellCompDirectiveNoFileComp

@@ -17,7 +17,7 @@ func TestMain(m *testing.M) {
 		playRole(role)
 		return
 	}
-	testscript.Main(m, map[string]func(){"vpn": main})
+	testscript.Main(built{m}, map[string]func(){"vpn": main})
 }
 
 // TestCommandLines reads like a terminal: testdata/script.

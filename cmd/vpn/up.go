@@ -23,8 +23,9 @@ const defaultTimeout = 20 * time.Second
 func upCommand(profile *string) *cobra.Command {
 	foreground, timeout := false, defaultTimeout
 	c := &cobra.Command{
-		Use: "up", Short: "Knock, and bring the tunnel up", Args: cobra.NoArgs,
-		Long: "Knocks, asks the gate for a session and returns when the tunnel has keys. A process in the background then keeps it\nuntil `vpn down`.",
+		Use: "up", Short: "Knock, and bring the tunnel up", Args: noArguments,
+		Long: "Knocks, asks the gate for a session and returns when the tunnel has keys. A process in the background then keeps it\n" +
+			"until `vpn down`, and finds out whether data pass: `vpn status` says so. Where it runs already, this waits until they may.",
 		RunE: func(*cobra.Command, []string) error {
 			report := newReporter(os.Stderr)
 			p, err := client.LoadProfile(*profile)
@@ -75,12 +76,18 @@ func raise(ctx context.Context, p *client.Profile, profile string, timeout time.
 	defer cancel()
 	for {
 		// Only what wants it to stay asks a running process for that.
-		ask := client.AskUp
-		if held {
-			ask = client.AskStatus
-		}
-		s, err := ask(ctx, p)
-		if !errors.Is(err, client.ErrDown) {
+		s, err := client.AskStatus(ctx, p)
+		switch {
+		case err == nil && s.State == client.Refused:
+			// It has given up; the profile may be another now.
+			if err := client.AskDown(ctx, p); err != nil && !errors.Is(err, client.ErrDown) {
+				return s, err
+			}
+		case err == nil && !held:
+			if s, err = client.AskUp(ctx, p, timeout); !errors.Is(err, client.ErrDown) {
+				return s, err
+			}
+		case !errors.Is(err, client.ErrDown):
 			return s, err
 		}
 		if err := client.CheckDevice(); err != nil {

@@ -29,6 +29,32 @@ import (
 // roleVariable makes the test binary play another part: in a network namespace there is one process for each.
 const roleVariable = "PERIMETER_TEST_ROLE"
 
+// binVariable says where the commands lie that TestMain built.
+const binVariable = "PERIMETER_TEST_BIN"
+
+// built runs the tests with the commands, which are built once.
+type built struct{ *testing.M }
+
+func (b built) Run() int {
+	dir, err := os.MkdirTemp("", "vpn-test-")
+	if err == nil {
+		defer os.RemoveAll(dir)
+		err = os.Chmod(dir, 0o755) // another user runs them too
+	}
+	if err == nil {
+		build := exec.Command("go", "build", "-o", dir+"/", "perimeterd/cmd/vpn", "perimeterd/cmd/knock")
+		build.Env = append(os.Environ(), "CGO_ENABLED=0") // as packaged: it starts a millisecond sooner
+		build.Stderr = os.Stderr
+		err = build.Run()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "building the commands:", err)
+		return 1
+	}
+	os.Setenv(binVariable, dir)
+	return b.M.Run()
+}
+
 // Addresses of the two ends.
 const (
 	gateOuter   = "198.18.77.1"
@@ -156,12 +182,7 @@ func newWorld(t *testing.T) *world {
 	if os.Geteuid() != 0 {
 		t.Fatal("network namespaces and tunnel devices need root: run the tests as root")
 	}
-	w := &world{T: t, bin: t.TempDir(), config: t.TempDir()}
-	build := exec.Command("go", "build", "-o", w.bin+"/", "perimeterd/cmd/vpn", "perimeterd/cmd/knock")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0") // as packaged: it starts a millisecond sooner
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
+	w := &world{T: t, bin: os.Getenv(binVariable), config: t.TempDir()}
 	start := func(cmd *exec.Cmd) int {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
 		if err := cmd.Start(); err != nil {
@@ -266,6 +287,19 @@ func (w *world) eventually(within time.Duration, what string, ok func() bool) {
 			w.Fatalf("not in %v: %s\nstatus %+v", within, what, w.status())
 		}
 	}
+}
+
+func (w *world) log() string {
+	w.Helper()
+	files, _ := filepath.Glob(w.config + "/perimeter/*.log")
+	if len(files) != 1 {
+		w.Fatalf("logs: %v", files)
+	}
+	text, err := os.ReadFile(files[0])
+	if err != nil {
+		w.Fatal(err)
+	}
+	return string(text)
 }
 
 func (w *world) links() string { return w.in(w.clientPID, "ip", "-br", "link", "show") }

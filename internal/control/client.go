@@ -91,7 +91,7 @@ func (c *Client) do(ctx context.Context, method, path string, in, out any) error
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		start := "perimeterd run"
-		if HasService() {
+		if c.path == serviceSocket && HasService() {
 			start = "systemctl start perimeterd"
 		}
 		return fmt.Errorf("%s: %w: start it with `%s`", c.path, ErrNotRunning, start)

@@ -24,13 +24,14 @@ var ErrRunning = errors.New("another process keeps this tunnel")
 // Requests to the process that keeps a tunnel, one JSON line each; it answers with one Answer.
 const (
 	doStatus = "status" // at once
-	doUp     = "up"     // when the tunnel is up; it then stays up
-	doHold   = "hold"   // when the tunnel is up; a tunnel raised for holders stays while this connection does
+	doUp     = "up"     // when the tunnel is up and not known to be blocked; it then stays up
+	doHold   = "hold"   // when data have passed; a tunnel raised for holders stays while this connection does
 	doDown   = "down"   // when the tunnel is down; the connection ends with the process
 )
 
 type controlRequest struct {
-	Do string `json:"do"`
+	Do   string        `json:"do"`
+	Wait time.Duration `json:"wait,omitempty"` // for up and hold: how long at most
 }
 
 // Answer is what the process says to a request.
@@ -200,41 +201,52 @@ func (s *Server) talk(ctx context.Context, c net.Conn, end func()) {
 	if err := json.Unmarshal(line, &req); err != nil {
 		return
 	}
-	answer := func() {
+	answer := func(err error) {
 		a := Answer{Status: s.Keeper.Status()}
 		a.Status.PID = os.Getpid()
-		if s.failed != nil {
-			a.Error = s.failed.Error()
+		if err != nil {
+			a.Error = err.Error()
 		}
 		c.SetWriteDeadline(time.Now().Add(time.Second))
 		json.NewEncoder(c).Encode(a)
+	}
+	// await answers when the tunnel can be used, or cannot, and returns which. On its way down the process says nothing.
+	gone, leaving := context.WithCancel(ctx)
+	defer leaving()
+	await := func(confirmed bool) bool {
+		go func() { in.ReadByte(); leaving() }()
+		<-s.ready
+		err := s.failed
+		if err == nil {
+			waiting, cancel := context.WithTimeout(gone, req.Wait)
+			defer cancel()
+			err = s.Keeper.Await(waiting, confirmed)
+		}
+		if ctx.Err() == nil || s.failed != nil {
+			answer(err)
+		}
+		return err == nil
 	}
 	switch req.Do {
 	case doStatus:
 		select {
 		case <-s.ready:
-			answer()
+			answer(s.failed)
 		default:
 			json.NewEncoder(c).Encode(Answer{Status: Status{State: Connecting, Profile: s.Keeper.Profile.Name(), User: s.Keeper.Profile.User, PID: os.Getpid()}})
 		}
 	case doUp:
 		s.update(func() { s.Held = false })
-		<-s.ready
-		if ctx.Err() == nil || s.failed != nil { // on its way down it promises nothing
-			answer()
-		}
+		await(false)
 	case doHold:
 		s.update(func() { s.holders++ })
 		defer s.update(func() { s.holders-- })
-		<-s.ready
-		if ctx.Err() == nil || s.failed != nil {
-			answer()
+		if !await(true) {
+			return
 		}
-		gone := make(chan struct{})
-		go func() { in.ReadByte(); close(gone) }()
-		select {
-		case <-gone:
-		case <-s.ended:
+		<-gone.Done()
+		if ctx.Err() != nil {
+			<-s.ended
 		}
 	case doDown:
 		end()
@@ -246,7 +258,7 @@ func (s *Server) talk(ctx context.Context, c net.Conn, end func()) {
 }
 
 // ask sends a request and waits for the answer. The connection stays open.
-func ask(ctx context.Context, p *Profile, do string) (net.Conn, Answer, error) {
+func ask(ctx context.Context, p *Profile, req controlRequest) (net.Conn, Answer, error) {
 	var a Answer
 	lockName, err := stateFile(p, ".lock")
 	if err != nil {
@@ -262,7 +274,7 @@ func ask(ctx context.Context, p *Profile, do string) (net.Conn, Answer, error) {
 	}
 	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	err = json.NewEncoder(c).Encode(controlRequest{do})
+	err = json.NewEncoder(c).Encode(req)
 	if err == nil {
 		err = json.NewDecoder(c).Decode(&a)
 	}
@@ -283,7 +295,7 @@ func ask(ctx context.Context, p *Profile, do string) (net.Conn, Answer, error) {
 
 // AskStatus asks the profile's process how the tunnel is; ErrDown when there is none.
 func AskStatus(ctx context.Context, p *Profile) (Status, error) {
-	c, a, err := ask(ctx, p, doStatus)
+	c, a, err := ask(ctx, p, controlRequest{Do: doStatus})
 	if err != nil {
 		return Status{}, err
 	}
@@ -291,9 +303,10 @@ func AskStatus(ctx context.Context, p *Profile) (Status, error) {
 	return a.Status, nil
 }
 
-// AskUp waits for the tunnel of a process that runs already and makes it stay; ErrDown when there is none.
-func AskUp(ctx context.Context, p *Profile) (Status, error) {
-	c, a, err := ask(ctx, p, doUp)
+// AskUp waits for the tunnel of a process that runs already to be up and not known to be blocked, so long at most, and
+// makes it stay; ErrDown when there is none.
+func AskUp(ctx context.Context, p *Profile, wait time.Duration) (Status, error) {
+	c, a, err := ask(ctx, p, controlRequest{doUp, wait})
 	if err != nil {
 		return Status{}, err
 	}
@@ -303,7 +316,7 @@ func AskUp(ctx context.Context, p *Profile) (Status, error) {
 
 // AskDown ends the profile's process and waits for it; ErrDown when there is none.
 func AskDown(ctx context.Context, p *Profile) error {
-	c, _, err := ask(ctx, p, doDown)
+	c, _, err := ask(ctx, p, controlRequest{Do: doDown})
 	if err != nil {
 		return err
 	}
@@ -314,9 +327,10 @@ func AskDown(ctx context.Context, p *Profile) error {
 	return ctx.Err()
 }
 
-// Hold keeps a tunnel up that was raised with Held, until the result is closed; ErrDown when there is none.
-func Hold(ctx context.Context, p *Profile) (net.Conn, Status, error) {
-	c, a, err := ask(ctx, p, doHold)
+// Hold waits until data have passed through the tunnel, so long at most, and keeps a tunnel up that was raised with Held,
+// until the result is closed; ErrDown when there is none.
+func Hold(ctx context.Context, p *Profile, wait time.Duration) (net.Conn, Status, error) {
+	c, a, err := ask(ctx, p, controlRequest{doHold, wait})
 	return c, a.Status, err
 }
 

@@ -225,6 +225,9 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 			if noToken != nil && len(d.Profile.typed.sequence) == 0 {
 				return nil, noToken
 			}
+			if errors.Is(noToken, syscall.EPERM) {
+				last = noToken
+			}
 			return nil, d.silence(last)
 		}
 	}
@@ -242,6 +245,14 @@ func (d *Dialer) sendToken(to netip.AddrPort, own *net.UDPConn) error {
 	}
 	if err == nil {
 		d.progress("knock sent")
+	}
+	return ExplainSend(err)
+}
+
+// ExplainSend says what lies behind a packet that this machine itself does not let out.
+func ExplainSend(err error) error {
+	if errors.Is(err, syscall.EPERM) {
+		return fmt.Errorf("a firewall on this machine drops the knock: let UDP out to the bastion: %w", err)
 	}
 	return err
 }

@@ -13,8 +13,11 @@ import (
 
 // What a keeper does when.
 const (
-	answerPatience = time.Second     // an initiation unanswered for so long: knock again
-	probePatience  = 2 * time.Second // the proxy unreachable for so long: UDP seems blocked
+	beat           = 500 * time.Millisecond  // between two looks at the tunnel
+	dataPatience   = 1500 * time.Millisecond // data unanswered for so long: shake hands
+	answerPatience = time.Second             // an initiation unanswered for so long: knock, and ask the gate
+	askPatience    = 5 * time.Second         // for the gate's answer by TLS
+	probePatience  = 2 * time.Second         // the proxy unreachable for so long: UDP seems blocked
 	probeEvery     = 30 * time.Second
 	reviveLimit    = 4 // revivals in vain before a new session is asked for
 	longestPause   = time.Minute
@@ -26,6 +29,7 @@ const (
 	Connecting = "connecting"
 	Up         = "up"
 	Retrying   = "retrying" // it was up, and does not answer
+	Refused    = "refused"  // the gate refuses the certificate: nothing is tried any more, until the network changes
 )
 
 // Data says whether packets have come back through the tunnel.
@@ -37,7 +41,7 @@ const (
 
 // Status is what `vpn status --json` prints.
 type Status struct {
-	State         string         `json:"state"` // connecting, up, retrying; down when there is no process
+	State         string         `json:"state"` // connecting, up, retrying, refused; down when there is no process
 	Profile       string         `json:"profile"`
 	User          string         `json:"user"`
 	Device        string         `json:"device,omitempty"`
@@ -72,6 +76,8 @@ type Keeper struct {
 	data    string
 	since   time.Time
 	problem string
+	hurry   bool          // somebody waits for the tunnel: try at once
+	changed chan struct{} // closed at the next change of state and data; nil while nobody waits
 }
 
 // Start opens the first session. Stop must follow, if it returned nil.
@@ -90,8 +96,50 @@ func (k *Keeper) adopt(t *Tunnel) (old *Tunnel) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	old, k.tunnel = k.tunnel, t
-	k.state, k.data, k.problem, k.since = Up, DataUnknown, "", k.Now()
+	if k.data != DataBlocked { // another session does not open a way
+		k.data = DataUnknown
+	}
+	k.state, k.problem, k.since = Up, "", k.Now()
+	k.noteLocked()
 	return old
+}
+
+// noteLocked tells those who wait of a change of state or data.
+func (k *Keeper) noteLocked() {
+	if k.changed != nil {
+		close(k.changed)
+		k.changed = nil
+	}
+}
+
+// Await returns when the tunnel is up and, as far as is known, data pass; with confirmed, when data have passed. When ctx
+// ends before, or the gate refuses, it says why.
+func (k *Keeper) Await(ctx context.Context, confirmed bool) error {
+	for first := true; ; first = false {
+		k.mu.Lock()
+		state, data, problem := k.state, k.data, k.problem
+		if k.changed == nil {
+			k.changed = make(chan struct{})
+		}
+		changed := k.changed
+		good := state == Up && (data == DataConfirmed || data == DataUnknown && !confirmed)
+		k.hurry = k.hurry || first && (state == Retrying || data == DataBlocked)
+		k.mu.Unlock()
+		switch {
+		case good:
+			return nil
+		case state == Refused:
+			return errors.New(problem)
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			if problem == "" {
+				problem = "data " + data
+			}
+			return fmt.Errorf("the tunnel is %s: %s", state, problem)
+		}
+	}
 }
 
 // Stop takes the tunnel down, here and at the gate.
@@ -115,7 +163,10 @@ type vitals struct {
 	asked    time.Time // last initiation sent by UDP
 	answered time.Time // last handshake complete
 	moved    bool      // another network, or a wake from sleep
+	unheard  time.Time // data left and were sent again, and nothing has come back; zero: no such
 	revived  int       // revivals since the last answer
+	lost     bool      // the gate does not know the session
+	young    bool      // of a renewed session, until data pass
 	nextTry  time.Time // no attempt before
 	renewAt  time.Time
 }
@@ -125,11 +176,12 @@ type action int
 const (
 	nothing action = iota
 	healthy        // an answer came: forget earlier trouble
-	revive         // knock and shake hands again
+	shake          // see whether a handshake is answered
+	revive         // knock, shake hands again, and ask the gate
 	renew          // ask for a new session
 )
 
-// decide is pure; it is asked once a second.
+// decide is pure; it is asked at every beat.
 func (v vitals) decide() action {
 	silent := v.asked.After(v.answered) && v.now.Sub(v.asked) > answerPatience
 	switch {
@@ -143,6 +195,10 @@ func (v vitals) decide() action {
 		return renew
 	case silent:
 		return revive
+	case !v.unheard.IsZero():
+		if v.now.Sub(v.unheard) >= dataPatience && !v.asked.After(v.unheard) {
+			return shake
+		}
 	case !v.asked.After(v.answered) && v.revived > 0:
 		return healthy
 	}
@@ -163,7 +219,7 @@ func renewTime(began, ends time.Time) time.Time {
 
 // Run keeps the tunnel until ctx ends.
 func (k *Keeper) Run(ctx context.Context) error {
-	tick := time.NewTicker(time.Second)
+	tick := time.NewTicker(beat)
 	defer tick.Stop()
 	t := k.tunnel
 	v := vitals{renewAt: renewTime(k.since, t.Session.Expires)}
@@ -171,35 +227,87 @@ func (k *Keeper) Run(ctx context.Context) error {
 	began := time.Now()
 	place := newPlace(t.Gate, k.Now(), 0)
 	var probeAt time.Time
+	var asking chan error // gets the gate's answer about the session
+	var known time.Time   // when the gate said that the session stands; zero: it has not, or a handshake came since
+	refused := false
 	for {
 		now := k.Now()
 		if k.unconfirmed(t) && !now.Before(probeAt) {
 			probeAt = now.Add(probeEvery)
 			go k.probe(ctx, t)
 		}
+		var answer error
+		answered := false
 		select {
 		case <-ctx.Done():
 			return nil
+		case answer = <-asking:
+			asking, answered = nil, true
 		case <-tick.C:
 		}
 		v.now = k.Now()
 		v.moved = place.moved(v.now, time.Since(began))
+		if refused && !v.moved {
+			continue
+		}
+		refused = false
 		v.answered = t.Stats().LastHandshake
+		v.unheard = t.wire.unheard()
 		if i := t.wire.initiation.Load(); i != nil {
 			v.asked = i.at
 		}
-		switch v.decide() {
+		if k.hurried() {
+			v.nextTry, probeAt = time.Time{}, time.Time{}
+		}
+		if v.young && !k.unconfirmed(t) {
+			v.young, v.nextTry, failures = false, time.Time{}, 0
+		}
+		switch {
+		case !answered || ctx.Err() != nil:
+		case forgotten(answer):
+			k.Log.Info("the gate does not know this session any more: asking for a new one", "session", t.Session.ID)
+			v.renewAt, v.nextTry, v.lost = v.now, time.Time{}, true
+		case certificateRefused(answer):
+			refused = true
+			k.refuse(answer)
+			continue
+		case answer != nil:
+			k.trouble(fmt.Errorf("the gate answers neither by UDP nor by TCP: %w", answer))
+		default:
+			known = v.now
+		}
+		if !v.asked.After(v.answered) {
+			known = time.Time{}
+		} else if !known.IsZero() && v.now.Sub(known) > answerPatience {
+			known = time.Time{}
+			k.blocked(t)
+		}
+		act := v.decide()
+		if act == shake {
+			if fresh, err := t.initiateByUDP(); err != nil || !fresh { // too early after the last one
+				act = revive
+			}
+		}
+		switch act {
 		case healthy:
-			v.revived, failures, v.nextTry = 0, 0, time.Time{}
+			v.revived, failures, v.nextTry, probeAt = 0, 0, time.Time{}, time.Time{}
 			k.trouble(nil)
 		case revive:
 			v.nextTry = v.now.Add(pause(v.revived, longestPause))
 			v.revived++
-			err := t.revive(k.Tokens, k.Profile.TunnelPort)
 			if v.moved {
-				k.Log.Info("the network changed: knocked again", "error", err)
-			} else {
-				k.trouble(cmpError(err, errors.New("the gate does not answer by UDP: knocking again")))
+				k.Log.Info("the network changed: knocked again", "error", t.revive(k.Tokens, k.Profile.TunnelPort))
+				break
+			}
+			k.silent()
+			if asking == nil {
+				reply := make(chan error, 1)
+				asking = reply
+				go func() {
+					ctx, cancel := context.WithTimeout(ctx, askPatience)
+					defer cancel()
+					reply <- t.ask(ctx, k.Options)
+				}()
 			}
 		case renew:
 			failures++
@@ -207,31 +315,70 @@ func (k *Keeper) Run(ctx context.Context) error {
 			fresh, err := Open(opening, k.Options, t)
 			cancel()
 			if err != nil {
+				if certificateRefused(err) {
+					refused = true
+					k.refuse(err)
+					break
+				}
 				longest := longestPause
 				if permanent(err) {
 					longest = refusedPause
 					failures = max(failures, 9)
 				}
 				v.nextTry = k.Now().Add(pause(failures, longest))
-				if ctx.Err() == nil {
+				switch {
+				case ctx.Err() != nil:
+				case v.renewAt.After(v.now) || v.asked.After(v.answered) || !v.unheard.IsZero() || v.lost:
 					k.trouble(err)
+				default:
+					k.worry(fmt.Errorf("the session ends soon, and a new one does not come up: %w", err))
 				}
 				break
 			}
 			k.adopt(fresh).Close()
 			k.Log.Info("new session", "session", fresh.Session.ID, "address", fresh.Session.Address, "expires", fresh.Session.Expires)
-			t, place, probeAt = fresh, newPlace(fresh.Gate, k.Now(), time.Since(began)), time.Time{}
+			t, place, probeAt, asking, known = fresh, newPlace(fresh.Gate, k.Now(), time.Since(began)), time.Time{}, nil, time.Time{}
 			// A session whose packets do not come back is no reason to ask for the next one at once.
-			v = vitals{renewAt: renewTime(k.Now(), t.Session.Expires), nextTry: k.Now().Add(pause(failures, longestPause))}
+			v = vitals{renewAt: renewTime(k.Now(), t.Session.Expires), nextTry: k.Now().Add(pause(failures, longestPause)), young: true}
 		}
 	}
 }
 
-func cmpError(err, otherwise error) error {
-	if err != nil {
-		return err
+func (k *Keeper) hurried() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	hurry := k.hurry
+	k.hurry = false
+	return hurry
+}
+
+// silent notes that nothing comes back, and nobody knows yet why.
+func (k *Keeper) silent() {
+	k.mu.Lock()
+	known := k.state == Retrying // and what is said already says more
+	k.mu.Unlock()
+	if !known {
+		k.trouble(errors.New("nothing comes back through the tunnel: knocking, and asking the gate"))
 	}
-	return otherwise
+}
+
+// blocked notes that the gate knows the session, and no handshake gets through.
+func (k *Keeper) blocked(t *Tunnel) {
+	k.trouble(fmt.Errorf("the gate answers by TCP and knows the session, but not by UDP port %d: a network on the way seems to block it", t.Gate.Port()))
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.data = DataBlocked
+	k.noteLocked()
+}
+
+// refuse notes that only another certificate helps. The interface stays: without it, what programs send to the proxy
+// would leave outside the tunnel.
+func (k *Keeper) refuse(err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.state, k.problem, k.data = Refused, err.Error(), DataUnknown
+	k.Log.Error("the gate refuses this profile: nothing more is tried", "error", err)
+	k.noteLocked()
 }
 
 // trouble notes why the tunnel does not work, and says it once.
@@ -243,7 +390,11 @@ func (k *Keeper) trouble(err error) {
 		k.state, k.problem = Up, ""
 	} else {
 		k.state, k.problem = Retrying, err.Error()
+		if k.data == DataConfirmed {
+			k.data = DataUnknown
+		}
 	}
+	k.noteLocked()
 	if was != k.problem {
 		if err == nil {
 			k.Log.Info("the tunnel works again")
@@ -253,10 +404,20 @@ func (k *Keeper) trouble(err error) {
 	}
 }
 
+// worry notes what is wrong while the tunnel works.
+func (k *Keeper) worry(err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.problem != err.Error() {
+		k.problem = err.Error()
+		k.Log.Warn("the tunnel works still", "error", err)
+	}
+}
+
 func (k *Keeper) unconfirmed(t *Tunnel) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.tunnel == t && k.data != DataConfirmed
+	return k.tunnel == t && k.state == Up && k.data != DataConfirmed
 }
 
 func (k *Keeper) probe(ctx context.Context, t *Tunnel) {
@@ -272,6 +433,7 @@ func (k *Keeper) probe(ctx context.Context, t *Tunnel) {
 	if k.data = DataConfirmed; err != nil {
 		k.data = DataBlocked
 	}
+	k.noteLocked()
 	if k.data == DataBlocked && was != k.data {
 		k.Log.Warn(fmt.Sprintf("the proxy does not answer through the tunnel: UDP port %d seems blocked on the way", t.Gate.Port()), "error", err)
 	}

@@ -27,6 +27,9 @@ import (
 // ProfileVersion is the one format this package reads and writes.
 const ProfileVersion = 1
 
+// DefaultWindow is how long a knock opens the door where the profile does not say.
+const DefaultWindow = 60 * time.Second
+
 // maxProfile bounds a profile file, bytes; a real one has about 3,000.
 const maxProfile = 64 << 10
 
@@ -41,6 +44,7 @@ type Profile struct {
 	ServerPublicKey string   `toml:"server_public_key"`      // base64, WireGuard
 	KnockSecret     string   `toml:"knock_secret,omitempty"` // base64, 32 bytes; empty: no token knock
 	KnockStep       string   `toml:"knock_step,omitempty"`   // e.g. "30s"
+	KnockWindow     string   `toml:"knock_window,omitempty"` // how long a knock opens the door, e.g. "60s"; empty: DefaultWindow
 	Sequence        []string `toml:"sequence,omitempty"`     // "7102", "19044/udp"
 	Egress          []string `toml:"egress"`                 // CIDRs that the cloud sees
 	CA              string   `toml:"ca,multiline"`           // PEM
@@ -55,6 +59,7 @@ type typed struct {
 	serverKey wgKey
 	secret    []byte // empty: no token knock
 	step      time.Duration
+	window    time.Duration
 	sequence  []knock.Port
 	roots     *x509.CertPool
 	identity  tls.Certificate
@@ -83,6 +88,12 @@ func (p *Profile) Name() string {
 // Expires is when the certificate ends.
 func (p *Profile) Expires() time.Time { return p.typed.identity.Leaf.NotAfter }
 
+// Window is how long a knock opens the door.
+func (p *Profile) Window() time.Duration { return p.typed.window }
+
+// errNotWhole is all that a person can do about a file that is no profile, or a part of one.
+var errNotWhole = errors.New("truncated or not a profile: ask the operator for it again")
+
 // ParseProfile reads a profile's text. An unknown key, a missing value and one that cannot work are errors.
 func ParseProfile(text []byte) (*Profile, error) {
 	p := &Profile{}
@@ -100,10 +111,16 @@ func ParseProfile(text []byte) (*Profile, error) {
 		}
 		var syntax *toml.DecodeError
 		if errors.As(err, &syntax) {
-			row, col := syntax.Position()
-			return nil, fmt.Errorf("line %d, column %d: %w", row, col, err)
+			row, _ := syntax.Position()
+			if key := strings.Join(syntax.Key(), "."); key != "" {
+				return nil, fmt.Errorf("line %d, %s: %w", row, key, errNotWhole)
+			}
+			return nil, fmt.Errorf("line %d: %w", row, errNotWhole)
 		}
-		return nil, err
+		return nil, errNotWhole
+	}
+	if p.Key == "" { // the last one written: a file cut off between two keys is good TOML
+		return nil, fmt.Errorf("line %d: it ends without a key: %w", 1+bytes.Count(text, []byte("\n")), errNotWhole)
 	}
 	if err := p.decode(); err != nil {
 		return nil, err
@@ -169,6 +186,13 @@ func (p *Profile) decodeKnock() (err error) {
 		p.typed.step, err = time.ParseDuration(p.KnockStep)
 		if err != nil || p.typed.step < knock.MinStep || p.typed.step > time.Hour {
 			return fmt.Errorf("knock_step = %q: want a duration from %v to 1h, as in 30s", p.KnockStep, knock.MinStep)
+		}
+	}
+	p.typed.window = DefaultWindow
+	if p.KnockWindow != "" {
+		p.typed.window, err = time.ParseDuration(p.KnockWindow)
+		if err != nil || p.typed.window < time.Second || p.typed.window > 24*time.Hour {
+			return fmt.Errorf("knock_window = %q: want a duration from 1s to 24h, as in 60s", p.KnockWindow)
 		}
 	}
 	if len(p.Sequence) > 32 {

@@ -13,7 +13,9 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"perimeterd/vpn"
@@ -141,8 +143,8 @@ func checkReply(r *vpn.SessionReply) error {
 		return fmt.Errorf("the gate's reply: "+format+": update the client, or tell the operator", a...)
 	}
 	switch {
-	case r.ID == "":
-		return bad("no session id")
+	case r.ID == "" || strings.Trim(r.ID, "0123456789abcdefABCDEF") != "": // it goes into paths
+		return bad("session id %q: want hexadecimal digits", r.ID)
 	case !r.Address.IsValid() || !r.Address.IsSingleIP() || !r.Address.Addr().IsPrivate() && !sharedSpace.Contains(r.Address.Addr()):
 		return bad("address %v is not one private address", r.Address)
 	case !r.Proxy.IsValid() || r.Proxy.Port() == 0 || !r.Proxy.Addr().IsPrivate() && !sharedSpace.Contains(r.Proxy.Addr()):
@@ -182,13 +184,26 @@ func permanent(err error) bool {
 		errors.As(err, &api) && (api.Code == vpn.CodeRevoked || api.Code == vpn.CodeForbidden || api.Code == vpn.CodePostQuantum)
 }
 
+// certificateRefused says whether the gate, or this clock, has judged the certificate: only another one changes that.
+// What else is permanent may be due to the network, which changes.
+func certificateRefused(err error) bool {
+	var refused *RefusedError
+	if errors.As(err, &refused) {
+		return refused.Code == "expired" || slices.ContainsFunc(alertTexts, func(a alertText) bool { return a.code == refused.Code })
+	}
+	var api *vpn.APIError
+	return errors.As(err, &api) && (api.Code == vpn.CodeRevoked || api.Code == vpn.CodeForbidden)
+}
+
+// forgotten says whether the gate does not know the session.
+func forgotten(err error) bool {
+	var api *vpn.APIError
+	return errors.As(err, &api) && api.Code == vpn.CodeNotFound
+}
+
 // alertTexts says in words what a gate's TLS alert means here. crypto/tls keeps the number of a received alert to itself,
 // but tells it by the text of AlertError (RFC 8446, 6.2).
-var alertTexts = []struct {
-	alert tls.AlertError
-	code  string
-	text  string
-}{
+var alertTexts = []alertText{
 	{42, "bad_certificate", "the gate does not accept this certificate: it is revoked, or its user is unknown at this gate: ask the operator"},
 	{43, "unsupported_certificate", "the gate does not accept this kind of certificate: it must be for client authentication: ask for a new profile"},
 	{44, "revoked", "the certificate is revoked: ask the operator"},
@@ -197,6 +212,12 @@ var alertTexts = []struct {
 	{48, "unknown_ca", "the gate does not know the CA of this certificate: it is for another gate, or the CA was replaced: ask for a new profile"},
 	{49, "access_denied", "the gate denies access to this certificate: ask the operator"},
 	{116, "certificate_required", "the gate saw no certificate: the profile is damaged: ask for a new one"},
+}
+
+type alertText struct {
+	alert tls.AlertError
+	code  string
+	text  string
 }
 
 // explainTLS puts errors of the handshake, and of the first read after it, into words.

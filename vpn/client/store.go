@@ -61,10 +61,6 @@ func defaultName(dir string) (string, error) {
 	case 1:
 		return names[0], nil
 	case 0:
-		if user := os.Getenv("SUDO_USER"); user != "" {
-			return "", fmt.Errorf("no profile in %s: under sudo this is another home than %s's: "+
-				"give --profile FILE, or import it here: sudo vpn import FILE", dir, user)
-		}
 		return "", fmt.Errorf("no profile in %s: import the one you were sent: vpn import FILE", dir)
 	}
 	return "", fmt.Errorf("%d profiles, and none is the default: choose one: vpn use NAME (%s)", len(names), strings.Join(names, ", "))
@@ -106,6 +102,16 @@ const maxWorkFactor = 19
 
 // ErrExists is returned by Import where another profile has the name already.
 var ErrExists = errors.New("another profile has this name")
+
+// OpenToOthers says how others on this machine can read a file; nil where they cannot, or the file is not there.
+func OpenToOthers(file string) error {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil // whoever reads it next says so
+	}
+	defer f.Close()
+	return checkPrivate(f)
+}
 
 // Import reads a profile from a file, asking passphrase when it is protected by one, and keeps it in Dir. It returns
 // where. A different profile of the same name is replaced only with force.
@@ -171,7 +177,11 @@ func decrypt(text []byte, passphrase func() ([]byte, error)) ([]byte, error) {
 		if errors.As(err, &wrong) {
 			return nil, errors.New("wrong passphrase: try again, or ask for a new profile")
 		}
-		return nil, err
+		return nil, fmt.Errorf("protected by a passphrase, and %w (%w)", errNotWhole, err)
 	}
-	return readBounded(plain)
+	text, err = readBounded(plain)
+	if err != nil {
+		return nil, fmt.Errorf("protected by a passphrase, and %w (%w)", errNotWhole, err)
+	}
+	return text, nil
 }

@@ -6,17 +6,21 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"syscall"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/tun"
 )
 
 // CheckDevice says whether this process may make a tunnel device.
 func CheckDevice() error {
-	if os.Geteuid() != 0 {
-		return errors.New("a tunnel device needs root, and this is not: run it with sudo")
+	have, err := capabilities()
+	if err != nil {
+		return err
+	}
+	if have[0].Effective&(1<<unix.CAP_NET_ADMIN) == 0 {
+		return errors.New(`a tunnel device needs CAP_NET_ADMIN: run it with sudo, or once: sudo setcap cap_net_admin+ep "$(command -v vpn)"`)
 	}
 	return nil
 }

@@ -312,14 +312,45 @@ func (t *Tunnel) revive(tokens *Tokens, tunnelPort uint16) error {
 	if err == nil {
 		err = t.wire.token(token[:], netip.AddrPortFrom(t.Gate.Addr(), tunnelPort))
 	}
+	return errors.Join(err, t.shake())
+}
+
+// initiateByUDP says whether the device made an initiation: under five seconds after the last one it makes none.
+func (t *Tunnel) initiateByUDP() (bool, error) {
 	before := t.wire.initiation.Load()
-	err = errors.Join(err, t.peer.SendHandshakeInitiation(false))
-	// Under five seconds after the last one the device makes none; then that one, unanswered, is the one to repeat.
-	if i := t.wire.initiation.Load(); i != nil && i == before {
+	err := t.peer.SendHandshakeInitiation(false)
+	return t.wire.initiation.Load() != before, err
+}
+
+// shake sends an initiation: a new one, or the last unanswered one again.
+func (t *Tunnel) shake() error {
+	fresh, err := t.initiateByUDP()
+	if i := t.wire.initiation.Load(); !fresh && i != nil {
 		err = errors.Join(err, t.wire.Bind.Send([][]byte{i.datagram}, i.to))
 		go t.wire.resend(i, time.Now())
 	}
 	return err
+}
+
+// ask knocks from the tunnel's socket, shakes hands, and asks the gate by TLS whether it knows the session: nil when it
+// does, the gate's refusal as in Open when it does not.
+func (t *Tunnel) ask(ctx context.Context, o Options) error {
+	d := Dialer{Profile: o.Profile, Tokens: o.Tokens, SendToken: func(token []byte, to netip.AddrPort) error {
+		return errors.Join(t.wire.token(token, to), t.shake())
+	}}
+	conn, err := d.Dial(ctx)
+	if err != nil {
+		return err
+	}
+	g, err := o.Profile.handshake(ctx, conn)
+	if err != nil {
+		return err
+	}
+	defer g.Close()
+	if err := g.do(ctx, http.MethodGet, vpn.SessionPath+"/"+t.Session.ID, nil, nil); err != nil {
+		return err
+	}
+	return t.shake() // through the door that is surely open now
 }
 
 // Close ends the tunnel here. The peers go first: the device would write to a closed interface.
@@ -329,12 +360,8 @@ func (t *Tunnel) Close() {
 }
 
 func endSession(ctx context.Context, g *gateConn, id string) error {
-	if _, err := hex.DecodeString(id); err != nil {
-		return fmt.Errorf("session id %q: want hexadecimal digits", id) // it goes into a path
-	}
 	err := g.do(ctx, http.MethodDelete, vpn.SessionPath+"/"+id, nil, nil)
-	var api *vpn.APIError
-	if errors.As(err, &api) && api.Code == vpn.CodeNotFound {
+	if forgotten(err) {
 		return nil
 	}
 	return err

@@ -17,6 +17,7 @@ const (
 	messageInitiation = 1
 	messageResponse   = 2
 	messageTransport  = 4
+	keepaliveSize     = 32 // a transport message without a packet
 )
 
 // wire is the device's bind, watched, and with initiations sent more than once.
@@ -25,6 +26,8 @@ type wire struct {
 	keyed      chan struct{} // gets a token when the device has keys: a transport message left
 	initiation atomic.Pointer[sentInitiation]
 	answered   atomic.Int64 // when the last handshake response came, Unix nanoseconds
+	first      atomic.Int64 // when data left to which nothing has come back, Unix nanoseconds; 0: all is answered
+	last       atomic.Int64 // and the latest since
 }
 
 type sentInitiation struct {
@@ -42,9 +45,13 @@ func (w *wire) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 		fns[i] = func(bufs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
 			n, err := receive(bufs, sizes, eps)
 			for j := range n {
-				// Not authenticated here: a forged one only ends the resending.
+				// Not authenticated here: a forged one only ends the resending, and leaves silence to WireGuard's timers.
 				if sizes[j] == vpn.ResponseSize && bufs[j][0] == messageResponse {
 					w.answered.Store(time.Now().UnixNano())
+					w.first.Store(0)
+				}
+				if sizes[j] > 0 && bufs[j][0] == messageTransport && w.first.Load() != 0 {
+					w.first.Store(0)
 				}
 			}
 			return n, err
@@ -61,6 +68,11 @@ func (w *wire) Send(bufs [][]byte, ep conn.Endpoint) error {
 		case w.keyed <- struct{}{}:
 		default:
 		}
+		if len(bufs) > 1 || len(bufs[0]) > keepaliveSize {
+			now := time.Now().UnixNano()
+			w.last.Store(now)
+			w.first.CompareAndSwap(0, now)
+		}
 	case messageInitiation:
 		if _, inside := ep.(*vpn.Flight); !inside && len(bufs[0]) == vpn.InitiationSize {
 			i := &sentInitiation{bytes.Clone(bufs[0]), ep, time.Now()}
@@ -70,6 +82,20 @@ func (w *wire) Send(bufs [][]byte, ep conn.Endpoint) error {
 	}
 	return w.Bind.Send(bufs, ep)
 }
+
+// unheard is when data left to which nothing has come back, although some was sent again: TCP ends many exchanges with
+// one packet that asks for no answer. Zero: there is none.
+func (w *wire) unheard() time.Time {
+	first, last := w.first.Load(), w.last.Load()
+	if first == 0 || last-first < int64(repeatedAfter) {
+		return time.Time{}
+	}
+	return time.Unix(0, first)
+}
+
+// repeatedAfter is less than TCP's shortest retransmission timeout, and more than its longest delayed acknowledgement
+// on Linux (200 ms and 40 ms).
+const repeatedAfter = 150 * time.Millisecond
 
 // resends are when an unanswered initiation goes out again: its loss costs five seconds otherwise, and a duplicate is
 // refused as a replay.

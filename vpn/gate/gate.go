@@ -57,6 +57,7 @@ type Gate struct {
 	begin sync.Mutex // limits and addresses are judged and taken in one step
 	pace  pace
 	known func(netip.Addr) bool
+	count func(code string)
 }
 
 // New wires a gate. The store's watchers must include tunnel.SessionEvent before the first request. Known tells sources that
@@ -66,13 +67,16 @@ func New(cfg Config, known func(netip.Addr) bool, serverKey [32]byte, cert tls.C
 		return nil, fmt.Errorf("tunnel.network %v has %d addresses for session.limit %d; released ones rest for %v: "+
 			"take a larger network or a limit of %d", cfg.Network, n, cfg.Limit, vpn.Quarantine, n/2)
 	}
-	g := &Gate{cfg: cfg, serverKey: serverKey, cert: cert, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: logger,
+	g := &Gate{cfg: cfg, serverKey: serverKey, cert: cert, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: logger, count: func(string) {},
 		pace: pace{next: map[[32]byte]time.Time{}}, known: known}
 	for _, s := range store.List() {
 		g.pool.Hold(s.Address, s.Certificate)
 	}
 	return g, nil
 }
+
+// Count makes fn hear of every request: the code of its refusal, or "". It must be called before Run.
+func (g *Gate) Count(fn func(code string)) { g.count = fn }
 
 // SessionEvent gives back the address of a session that ended. It is a session.Store watcher.
 func (g *Gate) SessionEvent(e session.Event) {
@@ -155,7 +159,9 @@ func (g *Gate) method(handlers map[string]handler) http.Handler {
 		}
 		if err != nil {
 			g.refuse(w, r, id, err)
+			return
 		}
+		g.count("")
 	})
 }
 
@@ -173,6 +179,7 @@ func (g *Gate) refuse(w http.ResponseWriter, r *http.Request, id identity.Identi
 	default:
 		api = &vpn.APIError{Code: vpn.CodeInternal, Message: "the gate failed", Fix: "ask its operator, whose log says why"}
 	}
+	g.count(api.Code)
 	status := vpn.StatusOf(api.Code)
 	g.log.Info("request refused", "user", id.User, "source", r.RemoteAddr, "method", r.Method, "path", r.URL.Path,
 		"status", status, "code", api.Code, "err", err)

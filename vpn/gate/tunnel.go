@@ -81,6 +81,9 @@ func (t *Tunnel) Close() {
 	t.dev.Close()
 }
 
+// Pending is how many sessions wait for the first packet through their keys.
+func (t *Tunnel) Pending() int { return int(t.inner.count.Load()) }
+
 // SessionEvent adds or removes a peer. It is a session.Store watcher.
 func (t *Tunnel) SessionEvent(e session.Event) {
 	if e.Ended == "" {

@@ -160,6 +160,7 @@ func (g *Gate) Serve(ctx context.Context, l net.Listener, t tun.Device, port str
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST "+vpn.SessionPath, g.post)
+	mux.HandleFunc("GET "+vpn.SessionPath+"/{id}", g.get)
 	mux.HandleFunc("DELETE "+vpn.SessionPath+"/{id}", g.end)
 	srv := &http.Server{Handler: mux, ErrorLog: log.New(io.Discard, "", 0)}
 	stop := context.AfterFunc(ctx, func() { srv.Close() })
@@ -221,6 +222,16 @@ func (g *Gate) post(w http.ResponseWriter, r *http.Request) {
 	json.NewEncoder(w).Encode(reply)
 }
 
+func (g *Gate) get(w http.ResponseWriter, r *http.Request) {
+	g.Lock()
+	defer g.Unlock()
+	if _, ok := g.peersOfSession[r.PathValue("id")]; !ok {
+		refuse(w, &vpn.APIError{Code: vpn.CodeNotFound, Message: "no such session"})
+		return
+	}
+	json.NewEncoder(w).Encode(vpn.SessionReply{ID: r.PathValue("id")})
+}
+
 func (g *Gate) end(w http.ResponseWriter, r *http.Request) {
 	g.Lock()
 	defer g.Unlock()
@@ -234,8 +245,11 @@ func (g *Gate) end(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// Forget removes every peer, as a gate that lost its sessions has.
-func (g *Gate) Forget() { g.dev.RemoveAllPeers() }
+// Forget ends every session and tells nobody, as an operator's kick does.
+func (g *Gate) Forget() {
+	g.dev.RemoveAllPeers()
+	clear(g.peersOfSession)
+}
 
 func refuse(w http.ResponseWriter, e *vpn.APIError) {
 	w.WriteHeader(vpn.StatusOf(e.Code))
