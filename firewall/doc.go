@@ -71,15 +71,16 @@
 //			meta l4proto udp jump stray
 //		}
 //
+//		# A map is looked up for its data only: kernel 6.1 takes no map for a set. So the credential is the mark for a moment.
 //		# The mark is an interlock: the gate's sockets filter out what does not carry it, so that a flushed table
 //		# leaves them deaf instead of open.
 //		chain gate {
 //			ct state established meta mark set 0x67617465 accept
 //			ct state invalid drop
-//			ip saddr @open4 meta mark set 0x67617465 accept
-//			ip6 saddr @open6 meta mark set 0x67617465 accept
-//			ip saddr @seq4 meta mark set 0x67617465 accept
-//			ip6 saddr @seq6 meta mark set 0x67617465 accept
+//			meta mark set ip saddr map @open4 meta mark set 0x67617465 accept
+//			meta mark set ip6 saddr map @open6 meta mark set 0x67617465 accept
+//			meta mark set ip saddr map @seq4 meta mark set 0x67617465 accept
+//			meta mark set ip6 saddr map @seq6 meta mark set 0x67617465 accept
 //			ip saddr @trusted4 meta mark set 0x67617465 accept
 //			ip6 saddr @trusted6 meta mark set 0x67617465 accept
 //			ip saddr . udp sport @peer4 meta mark set 0x67617465 accept
@@ -101,20 +102,19 @@
 //		# flood costs no lookup more. A token of these steps that did not open was spent before.
 //		chain refused {
 //			limit rate over 5/second burst 5 packets drop
-//			@th,64,128 @tokens log prefix "token-replayed" group 1194 queue-threshold 1 drop
+//			meta mark set @th,64,128 map @tokens log prefix "token-replayed" group 1194 queue-threshold 1 drop
 //			log prefix "token-refused" group 1194 queue-threshold 1 drop
 //		}
 //
-//		# Logged in the rule that adds, so the log never reports an opening that a full map refused. After it a source without an
-//		# element is one that had no room.
+//		# Logged in the rule that adds, so the log never reports an opening that a full map refused. Who comes past it had no
+//		# room.
 //		# update refreshes a timeout but never a map element's data, hence delete and add.
 //		chain open {
 //			delete @open4 { ip saddr : meta mark }
 //			delete @open6 { ip6 saddr : meta mark }
-//			add @open4 { ip saddr : meta mark } log group 1194 queue-threshold 1
-//			add @open6 { ip6 saddr : meta mark } log group 1194 queue-threshold 1
-//			ip saddr != @open4 limit rate 1/second burst 5 packets log prefix "windows-full" group 1194 queue-threshold 1
-//			ip6 saddr != @open6 limit rate 1/second burst 5 packets log prefix "windows-full" group 1194 queue-threshold 1
+//			add @open4 { ip saddr : meta mark } log group 1194 queue-threshold 1 drop
+//			add @open6 { ip6 saddr : meta mark } log group 1194 queue-threshold 1 drop
+//			limit rate 1/second burst 5 packets log prefix "windows-full" group 1194 queue-threshold 1
 //			drop
 //		}
 //
@@ -148,17 +148,21 @@
 //		chain seq_open {
 //			delete @seq4 { ip saddr : meta mark }
 //			delete @seq6 { ip6 saddr : meta mark }
-//			add @seq4 { ip saddr : meta mark } limit rate 50/second burst 100 packets log group 1194 queue-threshold 1
-//			add @seq6 { ip6 saddr : meta mark } limit rate 50/second burst 100 packets log group 1194 queue-threshold 1
-//			ip saddr != @seq4 limit rate 1/second burst 5 packets log prefix "windows-full" group 1194 queue-threshold 1
-//			ip6 saddr != @seq6 limit rate 1/second burst 5 packets log prefix "windows-full" group 1194 queue-threshold 1
+//			add @seq4 { ip saddr : meta mark } goto seq_opened
+//			add @seq6 { ip6 saddr : meta mark } goto seq_opened
+//			limit rate 1/second burst 5 packets log prefix "windows-full" group 1194 queue-threshold 1
+//			meta mark set 0x00000000
+//		}
+//
+//		chain seq_opened {
+//			limit rate 50/second burst 100 packets log group 1194 queue-threshold 1
 //			meta mark set 0x00000000
 //		}
 //
 //		# Any other new packet resets a sequence in progress. It never writes the packet's mark: other tools route by it.
 //		chain stray {
-//			ip saddr @progress4 delete @progress4 { ip saddr : meta mark } limit rate 5/second burst 5 packets log prefix "sequence-reset" group 1194 queue-threshold 1
-//			ip6 saddr @progress6 delete @progress6 { ip6 saddr : meta mark } limit rate 5/second burst 5 packets log prefix "sequence-reset" group 1194 queue-threshold 1
+//			delete @progress4 { ip saddr : meta mark }
+//			delete @progress6 { ip6 saddr : meta mark }
 //		}
 //
 //		# Inside the tunnel a session reaches the proxy, the console and what its groups allow; positive matches only.

@@ -12,7 +12,7 @@ type RefusalKind string
 const (
 	TokenRefused  RefusalKind = "token-refused"  // no token of now: a guess, one long spent, or a clock that is wrong
 	TokenReplayed RefusalKind = "token-replayed" // a token of now that was spent before (or the set of spent ones is full)
-	SequenceReset RefusalKind = "sequence-reset" // it had begun, and another new packet came
+	SequenceReset RefusalKind = "sequence-reset" // it had begun, and another of the knock ports came
 	WindowsFull   RefusalKind = "windows-full"   // the knock was right, and the set had no room
 )
 

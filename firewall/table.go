@@ -117,7 +117,7 @@ func (b *builder) declare(cfg Config) {
 		policy = nftables.ChainPolicyDrop
 	}
 	b.baseChain("input", nftables.ChainHookInput, policy)
-	for _, name := range []string{"gate", "token", "refused", "open", "knock", "knock_step", "knock_hit", "seq_open", "stray", "tunnel"} {
+	for _, name := range []string{"gate", "token", "refused", "open", "knock", "knock_step", "knock_hit", "seq_open", "seq_opened", "stray", "tunnel"} {
 		b.chain(name)
 	}
 	if cfg.Mode == Host {
@@ -193,9 +193,11 @@ func (b *builder) gateRules() {
 	pass := join(setMark(GateMark), accept())
 	b.rule("gate", ctState(expr.CtStateBitESTABLISHED), pass)
 	b.rule("gate", ctState(expr.CtStateBitINVALID), drop())
-	for _, windows := range []string{"open", "seq", "trusted"} {
-		b.both("gate", windows, func(set string) match { return join(b.lookup(set), pass) })
+	// Kernel 6.1 lets a map be looked up only for its data, so this takes the credential for a moment.
+	for _, windows := range []string{"open", "seq"} {
+		b.both("gate", windows, func(set string) match { return join(b.markFrom(set), pass) })
 	}
+	b.both("gate", "trusted", func(set string) match { return join(b.lookup(set), pass) })
 	udp := proto(unix.IPPROTO_UDP)
 	b.rule("gate", ipv4(), udp, saddr4(), transport(0, 2, regKey2), b.lookup("peer4"), pass)
 	b.rule("gate", ipv6(), udp, saddr6(), transport(0, 2, regPort), b.lookup("peer6"), pass)
@@ -205,9 +207,7 @@ func (b *builder) gateRules() {
 func (b *builder) knockRules(cfg Config) {
 	log := logTo(cfg.LogGroup, "")
 	tell := func(kind RefusalKind) match { return logTo(cfg.LogGroup, string(kind)) }
-	full := func(set string) match {
-		return join(b.notIn(set), match{rate(1, expr.LimitTimeSecond, 5)}, tell(WindowsFull))
-	}
+	full := join(match{rate(1, expr.LimitTimeSecond, 5)}, tell(WindowsFull))
 	reset := join(match{rate(5, expr.LimitTimeSecond, 5)}, tell(SequenceReset))
 	over := rate(5, expr.LimitTimeSecond, 5)
 	over.Over = true
@@ -223,12 +223,12 @@ func (b *builder) knockRules(cfg Config) {
 	b.rule("token", goTo("refused"))
 
 	b.rule("refused", match{over}, drop())
-	b.rule("refused", token(), b.lookup("tokens"), tell(TokenReplayed), drop())
+	b.rule("refused", token(), b.markFrom("tokens"), tell(TokenReplayed), drop())
 	b.rule("refused", tell(TokenRefused), drop())
 
 	b.both("open", "open", del)
-	b.both("open", "open", func(set string) match { return join(b.markInto(dynsetAdd, set, window), log) })
-	b.both("open", "open", full)
+	b.both("open", "open", func(set string) match { return join(b.markInto(dynsetAdd, set, window), log, drop()) })
+	b.rule("open", full)
 	b.rule("open", drop())
 
 	b.rule("knock", ctState(expr.CtStateBitINVALID), returns())
@@ -258,14 +258,14 @@ func (b *builder) knockRules(cfg Config) {
 	b.rule("knock_hit", setMark(0))
 
 	b.both("seq_open", "seq", del)
-	b.both("seq_open", "seq", func(set string) match {
-		return join(b.markInto(dynsetAdd, set, window), match{rate(50, expr.LimitTimeSecond, 100)}, log)
-	})
-	b.both("seq_open", "seq", full)
+	b.both("seq_open", "seq", func(set string) match { return join(b.markInto(dynsetAdd, set, window), goTo("seq_opened")) })
+	b.rule("seq_open", full)
 	b.rule("seq_open", setMark(0))
 
-	b.rule("stray", source4(), b.lookup("progress4"), saddr4(), del("progress4"), reset)
-	b.rule("stray", source6(), b.lookup("progress6"), saddr6(), del("progress6"), reset)
+	b.rule("seq_opened", match{rate(50, expr.LimitTimeSecond, 100)}, log)
+	b.rule("seq_opened", setMark(0))
+
+	b.both("stray", "progress", del)
 }
 
 // differing is what a rule must say about a timeout: nothing where the set says the same.

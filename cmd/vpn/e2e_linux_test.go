@@ -7,7 +7,9 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -370,4 +372,95 @@ func TestLocalFirewallIsNamed(t *testing.T) {
 			t.Errorf("knock %v said:\n%s", args, out)
 		}
 	}
+}
+
+func TestUnderSudoItIsTheInvokersOwn(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	const uid, gid = 65534, 65534 // nobody
+	home, err := os.MkdirTemp("", "vpn-home-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(home) })
+	var files []string
+	for _, f := range []string{"", ".config", ".config/perimeter"} {
+		f = filepath.Join(home, f)
+		os.Mkdir(f, 0o700)
+		files = append(files, f)
+	}
+	text, err := os.ReadFile(w.config + "/sent")
+	if err != nil {
+		t.Fatal(err)
+	}
+	profile := home + "/.config/perimeter/alice.profile"
+	if err := os.WriteFile(profile, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range append(files, profile) {
+		if err := os.Chown(f, uid, gid); err != nil {
+			t.Fatal(err)
+		}
+	}
+	environment := append(slices.DeleteFunc(os.Environ(), func(e string) bool {
+		return strings.HasPrefix(e, "XDG_") || strings.HasPrefix(e, "HOME=")
+	}), "HOME="+home)
+	program := filepath.Join(w.bin, "vpn")
+	run := func(status int, sudo bool, args ...string) string {
+		t.Helper()
+		enter := []string{"-t", fmt.Sprint(w.clientPID), "-n"}
+		if !sudo {
+			enter = append(enter, "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all")
+		}
+		cmd := exec.Command("nsenter", append(append(enter, program), args...)...)
+		cmd.Env = environment
+		if sudo {
+			cmd.Env = append(cmd.Env, "SUDO_UID=65534", "SUDO_GID=65534", "SUDO_USER=nobody", "XDG_CONFIG_HOME="+home+"/.config")
+		}
+		out, err := cmd.CombinedOutput()
+		if cmd.ProcessState.ExitCode() != status {
+			t.Fatalf("vpn %v: %v\n%s", args, err, out)
+		}
+		return string(out)
+	}
+	if said := run(1, false, "up"); !strings.Contains(said, "run it with sudo, or once: sudo setcap cap_net_admin+ep") {
+		t.Errorf("without privilege: %s", said)
+	}
+	run(0, true, "up")
+	said := run(0, true, "exec", "--", "sh", "-c", "id -u; id -g; echo ${SUDO_UID-none}; echo $HOME; grep -E 'Cap(Inh|Prm|Eff|Amb)' /proc/self/status; curl -sS -m 3 http://origin.test/")
+	nobody, err := user.LookupId("65534")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.HasPrefix(said, "65534\n65534\nnone\n"+nobody.HomeDir+"\n") || strings.Count(said, "0000000000000000") != 4 || !strings.Contains(said, "GET http://origin.test/") {
+		t.Errorf("under sudo the command said:\n%s", said)
+	}
+	if said := run(0, false, "status"); !strings.Contains(said, "tunnel       up") || strings.Contains(said, "console") {
+		t.Errorf("the user's own status: %s", said)
+	}
+	run(0, false, "env")
+	run(0, false, "exec", "--", "true")
+	err = filepath.Walk(home, func(file string, info os.FileInfo, err error) error {
+		if err == nil && info.Sys().(*syscall.Stat_t).Uid != uid {
+			t.Errorf("%s belongs to %d", file, info.Sys().(*syscall.Stat_t).Uid)
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	run(0, false, "down")
+	if strings.Contains(w.links(), "pvpn") {
+		t.Error("the user's own `vpn down` left the tunnel")
+	}
+
+	// With the capability on the program nobody needs root.
+	program = filepath.Join(home, "vpn")
+	w.must("cp", filepath.Join(w.bin, "vpn"), program)
+	w.must("setcap", "cap_net_admin+ep", program)
+	run(0, false, "up")
+	if said := run(0, false, "exec", "--", "grep", "CapEff", "/proc/self/status"); !strings.Contains(said, "0000000000000000") {
+		t.Errorf("with setcap the command has %s", said)
+	}
+	run(0, false, "down")
 }

@@ -135,7 +135,9 @@ func (k *Keeper) Await(ctx context.Context, confirmed bool) error {
 		case <-changed:
 		case <-ctx.Done():
 			if problem == "" {
-				problem = "data " + data
+				problem = data
+			} else if data == DataBlocked {
+				problem += " (" + data + ")"
 			}
 			return fmt.Errorf("the tunnel is %s: %s", state, problem)
 		}
@@ -276,7 +278,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 		default:
 			known = v.now
 		}
-		if !v.asked.After(v.answered) {
+		if !v.asked.After(v.answered) && v.unheard.IsZero() {
 			known = time.Time{}
 		} else if !known.IsZero() && v.now.Sub(known) > answerPatience {
 			known = time.Time{}

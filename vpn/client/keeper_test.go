@@ -26,6 +26,10 @@ func TestKeeperDecides(t *testing.T) {
 		{"unanswered, too early to try again", vitals{asked: ago(2 * time.Second), answered: ago(time.Minute), renewAt: far, nextTry: now.Add(1)}, nothing},
 		{"unanswered after all revivals", vitals{asked: ago(2 * time.Second), answered: ago(time.Minute), renewAt: far, revived: reviveLimit}, renew},
 		{"answered after a revival", vitals{asked: ago(2 * time.Second), answered: ago(time.Second), renewAt: far, revived: 2}, healthy},
+		{"data unanswered, too early to say", vitals{unheard: ago(time.Second), answered: ago(time.Minute), renewAt: far}, nothing},
+		{"data unanswered", vitals{unheard: ago(2 * time.Second), asked: ago(time.Hour), answered: ago(time.Minute), renewAt: far}, shake},
+		{"data and then an initiation unanswered", vitals{unheard: ago(3 * time.Second), asked: ago(1500 * time.Millisecond), answered: ago(time.Minute), renewAt: far}, revive},
+		{"data unanswered, the last handshake was before", vitals{unheard: ago(time.Second), asked: ago(time.Minute), answered: ago(time.Minute), renewAt: far, revived: 1}, nothing},
 		{"another network", vitals{answered: ago(time.Second), renewAt: far, moved: true, nextTry: far}, revive},
 		{"near its end", vitals{answered: ago(time.Second), renewAt: now}, renew},
 		{"near its end, just refused", vitals{answered: ago(time.Second), renewAt: now, nextTry: now.Add(1)}, nothing},
@@ -109,6 +113,38 @@ func TestUnansweredInitiationIsSentAgain(t *testing.T) {
 			t.Errorf("answered %v: %d initiations arrived, want %d", answer, got, want)
 		}
 		w.Close()
+	}
+}
+
+func TestOnlyDataThatAreSentAgainAreMissed(t *testing.T) {
+	w := newWire()
+	if _, _, err := w.Open(0); err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	ep, err := w.ParseEndpoint("127.0.0.1:9")
+	if err != nil {
+		t.Fatal(err)
+	}
+	send := func(size int) {
+		m := make([]byte, size)
+		m[0] = messageTransport
+		w.Send([][]byte{m}, ep) // refused or not, it has left
+	}
+	send(keepaliveSize)
+	time.Sleep(repeatedAfter)
+	send(keepaliveSize)
+	if !w.unheard().IsZero() {
+		t.Error("keepalives ask for no answer")
+	}
+	send(96)
+	if !w.unheard().IsZero() {
+		t.Error("one packet may be an acknowledgement")
+	}
+	time.Sleep(repeatedAfter)
+	send(96)
+	if d := time.Since(w.unheard()); d < repeatedAfter || d > time.Second {
+		t.Errorf("unheard for %v", d)
 	}
 }
 

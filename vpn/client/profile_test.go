@@ -57,6 +57,8 @@ func TestProfileRefusesWhatCannotWork(t *testing.T) {
 		{"short secret", func(p *client.Profile) { p.KnockSecret = "c2VjcmV0" }, "knock_secret: want 32 bytes"},
 		{"no step", func(p *client.Profile) { p.KnockStep = "" }, `knock_step = ""`},
 		{"step too short", func(p *client.Profile) { p.KnockStep = "1s" }, `knock_step = "1s"`},
+		{"endless window", func(p *client.Profile) { p.KnockWindow = "48h" }, `knock_window = "48h"`},
+		{"window of no time", func(p *client.Profile) { p.KnockWindow = "sixty" }, `knock_window = "sixty"`},
 		{"port of a wrong protocol", func(p *client.Profile) { p.Sequence = []string{"1/icmp"} }, "sequence: "},
 		{"egress that is no CIDR", func(p *client.Profile) { p.Egress = []string{"203.0.113.10"} }, `egress = "203.0.113.10"`},
 		{"no CA", func(p *client.Profile) { p.CA = "" }, "ca: no certificate"},
@@ -75,6 +77,36 @@ func TestProfileRefusesWhatCannotWork(t *testing.T) {
 				t.Error("the error shows the secret")
 			}
 		})
+	}
+}
+
+func TestKnockWindowIsAMinuteWhereTheProfileDoesNotSay(t *testing.T) {
+	for said, want := range map[string]time.Duration{"": time.Minute, "90s": 90 * time.Second} {
+		p, err := client.ParseProfile(profileText(t, func(p *client.Profile) { p.KnockWindow = said }))
+		if err != nil || p.Window() != want {
+			t.Errorf("knock_window %q: %v, want %v", said, err, want)
+		}
+	}
+}
+
+func TestCutProfileIsSaidToBeCut(t *testing.T) {
+	text := profileText(t, nil)
+	for n := range len(text) - 2 { // without the last quotes' ends at least
+		_, err := client.ParseProfile(text[:n])
+		if err == nil || !strings.Contains(err.Error(), "line ") || !strings.Contains(err.Error(), "truncated or not a profile: ask the operator for it again") ||
+			strings.Contains(err.Error(), "client.") {
+			t.Fatalf("cut at %d of %d, after %q: %v", n, len(text), text[max(0, n-20):n], err)
+		}
+	}
+	t.Setenv("XDG_CONFIG_HOME", t.TempDir())
+	src := filepath.Join(t.TempDir(), "sent")
+	locked := encrypted(t, text, "x", 10, true)
+	for _, n := range []int{40, 200, len(locked) / 2, len(locked) - 40} {
+		os.WriteFile(src, locked[:n], 0o600)
+		_, _, err := client.Import(src, func() ([]byte, error) { return []byte("x"), nil }, false)
+		if err == nil || !strings.Contains(err.Error(), "truncated or not a profile: ask the operator for it again") {
+			t.Errorf("an encrypted one cut at %d of %d: %v", n, len(locked), err)
+		}
 	}
 }
 
