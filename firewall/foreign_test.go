@@ -1,8 +1,8 @@
 package firewall
 
 import (
+	_ "embed"
 	"fmt"
-	"os"
 	"strings"
 	"testing"
 )
@@ -209,13 +209,15 @@ func compareObstacles(t *testing.T, texts [][]byte, want []string) {
 	}
 }
 
+// ufwByIptables is embedded: the test's binary also runs where the tree is not.
+//
+//go:embed testdata/ufw-by-iptables-nft.json
+var ufwByIptables []byte
+
 // What iptables-nft makes of ufw's rules, as nft reports it: its extensions come with a name and no more. One rule, of
 // multiport, may let the gate pass.
 func TestRulesOfIptablesExtensionsAreNotTakenForMore(t *testing.T) {
-	text, err := os.ReadFile("testdata/ufw-by-iptables-nft.json")
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := ufwByIptables
 	compareObstacles(t, [][]byte{text}, []string{
 		"perhaps: chain ip filter INPUT may drop 1194/tcp, 1194/udp by its policy, unless a rule that cannot be read from here lets it pass: " +
 			"look at it with `ufw status verbose`; if nothing there allows it, `ufw allow 1194/tcp; ufw allow 1194/udp`"})
@@ -225,10 +227,7 @@ func TestRulesOfIptablesExtensionsAreNotTakenForMore(t *testing.T) {
 }
 
 func FuzzFindObstacles(f *testing.F) {
-	text, err := os.ReadFile("testdata/ufw-by-iptables-nft.json")
-	if err != nil {
-		f.Fatal(err)
-	}
+	text := ufwByIptables
 	f.Add(text)
 	f.Add([]byte(`{"nftables":[{"chain":{"family":"inet","table":"t","name":"c","type":"filter","hook":"input","prio":0,"policy":"drop"}},` +
 		`{"rule":{"family":"inet","table":"t","chain":"c","expr":[{"vmap":{"key":{"meta":{"key":"iifname"}},"data":{"set":[["lo",{"goto":{"target":"c"}}]]}}}]}}]}`))

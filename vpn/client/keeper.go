@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
-	"net/netip"
 	"sync"
 	"time"
 )
@@ -23,45 +21,6 @@ const (
 	longestPause   = time.Minute
 	refusedPause   = 10 * time.Minute // where only a person can help
 )
-
-// States of a tunnel, as status shows them.
-const (
-	Connecting = "connecting"
-	Up         = "up"
-	Retrying   = "retrying" // it was up, and does not answer
-	Refused    = "refused"  // the gate refuses the certificate: nothing is tried any more, until the network changes
-)
-
-// Data says whether packets have come back through the tunnel.
-const (
-	DataUnknown   = "not yet confirmed"
-	DataConfirmed = "confirmed"
-	DataBlocked   = "no answer: UDP seems blocked"
-)
-
-// Status is what `vpn status --json` prints.
-type Status struct {
-	State         string         `json:"state"` // connecting, up, retrying, refused; down when there is no process
-	Profile       string         `json:"profile"`
-	User          string         `json:"user"`
-	Device        string         `json:"device,omitempty"`
-	PID           int            `json:"pid,omitempty"`
-	Session       string         `json:"session,omitempty"`
-	Interface     string         `json:"interface,omitempty"`
-	Address       netip.Prefix   `json:"address,omitzero"`
-	Proxy         netip.AddrPort `json:"proxy,omitzero"`
-	Console       netip.AddrPort `json:"console,omitzero"`
-	Gate          netip.AddrPort `json:"gate,omitzero"`
-	Egress        []string       `json:"egress,omitempty"`
-	PostQuantum   bool           `json:"post_quantum"`
-	Data          string         `json:"data,omitempty"`
-	Since         time.Time      `json:"since,omitzero"`
-	Expires       time.Time      `json:"expires,omitzero"`
-	LastHandshake time.Time      `json:"last_handshake,omitzero"`
-	Received      uint64         `json:"received_bytes"`
-	Sent          uint64         `json:"sent_bytes"`
-	Problem       string         `json:"problem,omitempty"`
-}
 
 // Keeper holds a tunnel up: it follows a changed network, renews the session before its end, and asks for a new one when
 // the gate has forgotten this one.
@@ -439,59 +398,4 @@ func (k *Keeper) probe(ctx context.Context, t *Tunnel) {
 	if k.data == DataBlocked && was != k.data {
 		k.Log.Warn(fmt.Sprintf("the proxy does not answer through the tunnel: UDP port %d seems blocked on the way", t.Gate.Port()), "error", err)
 	}
-}
-
-// Status is a snapshot.
-func (k *Keeper) Status() Status {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	p := k.Profile
-	s := Status{State: k.state, Profile: p.Name(), User: p.User, Device: p.Device, Egress: p.Egress, Problem: k.problem}
-	if s.State == "" {
-		s.State = Connecting
-	}
-	if t := k.tunnel; t != nil {
-		stats := t.Stats()
-		s.Session, s.Interface, s.Address, s.Proxy, s.Console = t.Session.ID, t.Interface, t.Session.Address, t.Session.Proxy, t.Session.Console
-		s.Gate, s.PostQuantum, s.Data, s.Since, s.Expires = t.Gate, t.PostQuantum, k.data, k.since, t.Session.Expires
-		s.LastHandshake, s.Received, s.Sent = stats.LastHandshake, stats.Received, stats.Sent
-	}
-	return s
-}
-
-// place is where this machine is, as the gate sees it: the source address towards it. While a machine sleeps the wall
-// clock goes on and the monotonic one does not.
-type place struct {
-	gate   netip.AddrPort
-	source netip.Addr
-	wall   time.Time
-	awake  time.Duration
-}
-
-func newPlace(gate netip.AddrPort, wall time.Time, awake time.Duration) *place {
-	return &place{gate, sourceTowards(gate), wall.Round(0), awake}
-}
-
-// moved tells of another network or a sleep since it was last asked. Awake is the monotonic clock's time.
-func (p *place) moved(wall time.Time, awake time.Duration) bool {
-	wall = wall.Round(0) // or the subtraction would use the monotonic clock
-	slept := wall.Sub(p.wall)-(awake-p.awake) > 3*time.Second
-	p.wall, p.awake = wall, awake
-	source := sourceTowards(p.gate)
-	if !source.IsValid() { // between networks: wait for the next
-		return false
-	}
-	changed := source != p.source
-	p.source = source
-	return changed || slept
-}
-
-// sourceTowards asks the routes; nothing is sent.
-func sourceTowards(gate netip.AddrPort) netip.Addr {
-	c, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(gate))
-	if err != nil {
-		return netip.Addr{}
-	}
-	defer c.Close()
-	return c.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
 }

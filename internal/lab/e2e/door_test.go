@@ -42,6 +42,7 @@ func TestKilledDaemonLeavesTheDoorClosedAndWindowsExpire(t *testing.T) {
 	s.ok(s.alice.Knock(s.ctx))
 	opened := time.Now()
 	s.ok(s.alice.VPN(s.ctx, "up"))
+	s.ok(s.alice.VPN(s.ctx, "exec", "--", "true")) // data have passed: a client that misses an answer knocks again
 	if err := s.daemon.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
