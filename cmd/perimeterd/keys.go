@@ -8,8 +8,6 @@ import (
 	"strconv"
 	"syscall"
 
-	"golang.org/x/crypto/curve25519"
-
 	"perimeterd/configs"
 	"perimeterd/internal/control"
 	"perimeterd/internal/identity"
@@ -35,11 +33,9 @@ func loadKeys(c configs.Identity) (k keys, err error) {
 	if k.master, err = identity.ReadKey(c.Master); err != nil {
 		return k, err
 	}
-	public, err := curve25519.X25519(k.wireguard[:], curve25519.Basepoint)
-	if err != nil {
+	if k.wireguardPublic, err = identity.PublicKey(k.wireguard); err != nil {
 		return k, fmt.Errorf("%s: %w", c.WireGuardKey, err)
 	}
-	k.wireguardPublic = [32]byte(public)
 	k.serverID, err = identity.ReadServerID(c.ServerID)
 	return k, err
 }
