@@ -19,8 +19,9 @@ echo "test-vm kernel $(busybox uname -r)"
 echo "test-vm nft $(nft --version)"
 
 cd /payload
-# Three scans of all ports take longer here than all the rest; what they send is in the other tests.
-./firewall.test -test.v -test.timeout 9m -test.skip '^TestScansDoNotOpen$' -test.run "$(busybox cat run)"
+# Three scans of all ports take longer here than all the rest; what they send is in the other tests. Trials of sabotaged
+# tables judge by windows of 0.6 s, which an emulated machine does not keep; `perimeterd check` runs the trials themselves.
+./firewall.test -test.v -test.timeout 9m -test.skip '^TestScansDoNotOpen$|^TestTrialsNoticeATableThatDoesNotItsPart$' -test.run "$(busybox cat run)"
 echo "test-vm firewall $?"
 
 echo "=== RUN   perimeterd check"
