@@ -1,6 +1,7 @@
 package firewall
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -159,5 +160,27 @@ func TestMissedOpeningsCloseTheRunningSteps(t *testing.T) {
 	r.nft("flush ruleset")
 	if done := r.repaired(); !done.lost {
 		t.Errorf("%+v: want it to say that openings were missed", done)
+	}
+}
+
+// A removal while the table is away must not come back with the repair.
+func TestWhatIsTakenOutWhileTheTableIsAwayStaysOut(t *testing.T) {
+	r, _, _ := drifting(t)
+	r.nft("flush ruleset")
+	if err := errors.Join(r.fw.Dismiss(netip.MustParseAddr("10.77.0.9")), r.fw.CloseWindow(Window{Source: r.Client.Addr, Credential: 42})); err != nil {
+		t.Fatal(err)
+	}
+	if done := r.repaired(); !done.restored {
+		t.Fatalf("not repaired: %+v", done)
+	}
+	if r.accepted(r.Client.Addr) {
+		t.Error("the closed window came back")
+	}
+	r.fw.mu.Lock()
+	defer r.fw.mu.Unlock()
+	for _, set := range []string{"admitted", "service"} {
+		if e, err := r.fw.elementsLocked(set); err != nil || len(e) != 0 {
+			t.Errorf("%s after the repair: %v, %v", set, e, err)
+		}
 	}
 }

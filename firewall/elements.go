@@ -36,8 +36,9 @@ func (f *Firewall) Admit(a netip.Addr, services []uint16, until time.Time) error
 
 // Dismiss takes Admit back. An address that is not admitted is no error.
 func (f *Firewall) Dismiss(a netip.Addr) error {
-	return f.change(func() { delete(f.state.admitted, a) }, func(c *nftables.Conn, _ time.Time) error {
-		for _, port := range f.state.admitted[a].services {
+	var services []uint16
+	return f.take(func() { services = f.state.admitted[a].services; delete(f.state.admitted, a) }, func(c *nftables.Conn) error {
+		for _, port := range services {
 			if err := remove(c, "service", nftables.SetElement{Key: service(a, port)}); err != nil {
 				return err
 			}
@@ -57,7 +58,7 @@ func (f *Firewall) AddPeer(p netip.AddrPort, until time.Time) error {
 // RemovePeer takes AddPeer back. An endpoint that is not there is no error.
 func (f *Firewall) RemovePeer(p netip.AddrPort) error {
 	set, key := peer(p)
-	return f.change(func() { delete(f.state.peers, p) }, func(c *nftables.Conn, _ time.Time) error {
+	return f.take(func() { delete(f.state.peers, p) }, func(c *nftables.Conn) error {
 		return remove(c, set, nftables.SetElement{Key: key})
 	})
 }
@@ -71,7 +72,7 @@ func peer(p netip.AddrPort) (set string, key []byte) {
 
 // ForgetSessions empties the sets of admitted addresses and peers, for a start from which sessions come back one by one.
 func (f *Firewall) ForgetSessions() error {
-	return f.change(func() { clear(f.state.admitted); clear(f.state.peers) }, func(c *nftables.Conn, _ time.Time) error {
+	return f.take(func() { clear(f.state.admitted); clear(f.state.peers) }, func(c *nftables.Conn) error {
 		for _, set := range []string{"admitted", "service", "peer4", "peer6"} {
 			c.FlushSet(named(set))
 		}
@@ -79,22 +80,39 @@ func (f *Firewall) ForgetSessions() error {
 	})
 }
 
-// change sends one small batch, built under the mutex, and, if the kernel took it, notes it in the mirror. When the table was deleted by another
-// tool meanwhile, the mirror is right all the same: the repair that follows writes it.
+// change lets something in: one small batch, built under the mutex, and if the kernel took it, a note in the mirror. When the
+// table was deleted by another tool meanwhile, the mirror is right all the same: the repair that follows writes it.
 func (f *Firewall) change(note func(), batch func(c *nftables.Conn, now time.Time) error) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if err := f.tryLocked(func(c *nftables.Conn) error { return batch(c, time.Now()) }); err != nil {
+		return err
+	}
+	note()
+	return nil
+}
+
+// take takes something out: first of the mirror, so that no repair lets it in again, then of the kernel. What the kernel
+// did not take out, the next check does, by writing what the mirror says.
+func (f *Firewall) take(forget func(), batch func(c *nftables.Conn) error) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	forget()
+	err := f.tryLocked(batch)
+	f.restore = f.restore || err != nil && f.applied
+	return err
+}
+
+func (f *Firewall) tryLocked(batch func(c *nftables.Conn) error) error {
 	if !f.applied {
 		return ErrNotApplied
 	}
-	err := f.commitLocked(func(c *nftables.Conn) error { return batch(c, time.Now()) })
-	if errors.Is(err, unix.ENOENT) { // the table is not there: the repair writes what the mirror says
-		f.restore, err = true, nil
-	}
-	if err != nil {
+	switch err := f.commitLocked(batch); {
+	case errors.Is(err, unix.ENOENT): // the table is not there
+		f.restore = true
+	case err != nil:
 		return fmt.Errorf("change table inet %s: %w", TableName, err)
 	}
-	note()
 	return nil
 }
 
@@ -162,18 +180,18 @@ func (f *Firewall) sendLocked(set string, elements []nftables.SetElement) error 
 
 // FlushTokens takes all tokens out; those spent stay spent.
 func (f *Firewall) FlushTokens() error {
-	return f.change(func() {}, func(c *nftables.Conn, _ time.Time) error {
+	return f.take(func() {}, func(c *nftables.Conn) error {
 		c.FlushSet(named("tokens"))
 		return nil
 	})
 }
 
-// Close ends everything that a credential holds at the door: the tokens given, which may be there or not, and his windows.
+// Revoke ends everything that a credential holds at the door: the tokens given, which may be there or not, and his windows.
 // Tokens go first, or one could open again what was just closed.
-func (f *Firewall) Close(credential uint32, tokens []knock.Token) error {
+func (f *Firewall) Revoke(credential uint32, tokens []knock.Token) error {
 	var errs []error
 	for part := range slices.Chunk(tokens, chunk) {
-		errs = append(errs, f.change(func() {}, func(c *nftables.Conn, _ time.Time) error {
+		errs = append(errs, f.take(func() {}, func(c *nftables.Conn) error {
 			for _, t := range part {
 				if err := remove(c, "tokens", nftables.SetElement{Key: t[:], Val: native.PutUint32(credential)}); err != nil {
 					return err
@@ -195,11 +213,17 @@ func (f *Firewall) Close(credential uint32, tokens []knock.Token) error {
 // CloseWindow ends one window, as Windows listed it. One that is closed already is no error, nor one that someone else behind
 // the same address opened meanwhile, which is his.
 func (f *Firewall) CloseWindow(w Window) error {
-	err := f.change(func() { delete(f.state.windows, w.key()) }, func(c *nftables.Conn, _ time.Time) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.state.windows[w.key()].Credential == w.Credential {
+		delete(f.state.windows, w.key())
+	}
+	err := f.tryLocked(func(c *nftables.Conn) error {
 		return remove(c, w.set(), nftables.SetElement{Key: w.Source.AsSlice(), Val: native.PutUint32(w.mark())})
 	})
 	if errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EBUSY) {
 		return nil
 	}
+	f.restore = f.restore || err != nil && f.applied
 	return err
 }

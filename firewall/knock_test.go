@@ -179,7 +179,7 @@ func TestTokenOpensForItsSourceOnceAndIsObserved(t *testing.T) {
 	if err != nil || len(w) != 1 || w[0].Source != me || w[0].Credential != 42 || time.Until(w[0].Expires) > time.Minute {
 		t.Errorf("windows %+v, %v", w, err)
 	}
-	if err := r.fw.Close(42, nil); err != nil {
+	if err := r.fw.Revoke(42, nil); err != nil {
 		t.Fatal(err)
 	}
 	if r.accepted(me) {
@@ -244,7 +244,7 @@ func TestDatagramRightBehindTheTokenIsAccepted(t *testing.T) {
 			t.Fatalf("round %d: %q, %v", i, b[:n], err)
 		}
 		c.Close()
-		if err := r.fw.Close(7, nil); err != nil {
+		if err := r.fw.Revoke(7, nil); err != nil {
 			t.Fatal(err)
 		}
 	}

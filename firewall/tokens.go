@@ -159,7 +159,7 @@ func (t *Tokens) Set(list []knock.Credential, now time.Time) error {
 	var errs []error
 	for _, old := range before {
 		if !holds(list, old) {
-			errs = append(errs, t.fw.Close(old.ID, t.live(old, now)))
+			errs = append(errs, t.fw.Revoke(old.ID, t.live(old, now)))
 		}
 	}
 	current := knock.StepAt(now, t.length)

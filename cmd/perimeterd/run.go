@@ -74,6 +74,11 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	if err != nil {
 		return err
 	}
+	// A daemon that was killed in the middle of a revocation left sessions that nobody else would end; before anything holds
+	// their addresses.
+	if err := endRevoked(store, users, log); err != nil {
+		return err
+	}
 	verifier, err := identity.NewVerifier(cfg.Identity.CA, users, time.Now)
 	if err != nil {
 		return err
@@ -120,7 +125,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		return err
 	}
 	access := &access{cfg: cfg, gid: gid, names: names, door: door, tokens: tokens, log: log}
-	if err := access.loadTokens(); err != nil {
+	if err := errors.Join(access.loadTokens(), access.closeStale(table)); err != nil {
 		return err
 	}
 	// Without knock.tokens nothing is ever loaded; who may knock is still followed, for the windows of those who are out.
@@ -152,10 +157,6 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	api.Count(metrics.GateRequest)
 	forward.Watch(metrics.Access)
 	if err := metrics.Ask(console.Sources{Sets: door, Owned: door.Owned, Pending: tunnel.Pending, Connections: forward.Live}); err != nil {
-		return err
-	}
-	// A daemon that was killed in the middle of a revocation left sessions that nobody else would end.
-	if err := endRevoked(store, users, log); err != nil {
 		return err
 	}
 	// The order of an end: the tunnel carries no more, the proxy resets what it has open, then the address may rest.

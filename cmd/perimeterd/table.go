@@ -71,6 +71,29 @@ func (a *access) loadTokens() error {
 	return a.tokens.Set(list, time.Now())
 }
 
+// closeStale ends windows that the table kept from an earlier run for users who are out since, or sequences that are gone.
+func (a *access) closeStale(table firewall.Config) error {
+	list, err := a.names.load()
+	if err != nil {
+		return err
+	}
+	in := map[uint32]bool{}
+	for _, c := range list {
+		in[c.ID] = true
+	}
+	for _, s := range table.Sequences {
+		in[s.Credential] = true
+	}
+	windows, err := a.door.Windows()
+	errs := []error{err}
+	for _, w := range windows {
+		if !in[w.Credential] {
+			errs = append(errs, a.door.CloseWindow(w))
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // tableConfig completes the firewall's part of a configuration with what only the running daemon knows. A sequence of a
 // user who is out is left out.
 func tableConfig(cfg *configs.Config, names *credentials, gid uint32, log *slog.Logger) (firewall.Config, error) {

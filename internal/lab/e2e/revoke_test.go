@@ -37,6 +37,10 @@ func TestRevocationOutlivesAKillInTheMiddle(t *testing.T) {
 		t.Errorf("sessions after the start: %v\n%s", err, out)
 	}
 	s.fails(s.curl("--max-time", "1", "https://"+cloudName+"/"))
+	// The window that the table kept over the kill was hers too.
+	if out := s.ok(s.Bastion.Command(s.ctx, "nft", "list", "map", "inet", "perimeterd", "open4")); strings.Contains(out, s.Client.Addr.String()) {
+		t.Errorf("her window outlives the revocation: %s", out)
+	}
 }
 
 func TestRevokedUsersOwnSequenceOpensNothingAndStopsNoStart(t *testing.T) {
