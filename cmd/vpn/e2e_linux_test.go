@@ -150,8 +150,9 @@ func TestInterruptFromTheTerminalReachesTheCommandOnce(t *testing.T) {
 	if err := os.WriteFile(file, []byte("exec "+strings.Join(words, " ")+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command("script", "-qec", "sh "+file, "/dev/null") // gives it a terminal
-	cmd.Env = inner.Env
+	// script gives it a terminal, and runs $SHELL -c: one that stayed in between would die of the interrupt itself.
+	cmd := exec.Command("script", "-qec", "exec sh "+file, "/dev/null")
+	cmd.Env = append(inner.Env, "SHELL=/bin/sh")
 	in, _ := cmd.StdinPipe()
 	out, _ := cmd.StdoutPipe()
 	if err := cmd.Start(); err != nil {

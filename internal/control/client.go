@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -77,13 +78,14 @@ func (c *Client) Status(ctx context.Context) (s Status, err error) {
 }
 
 func (c *Client) do(ctx context.Context, method, path string, in, out any) error {
-	var body bytes.Buffer
+	var request []byte
 	if in != nil {
-		if err := json.NewEncoder(&body).Encode(in); err != nil {
+		var err error
+		if request, err = json.Marshal(in); err != nil {
 			return err
 		}
 	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://perimeterd"+path, &body)
+	req, err := http.NewRequestWithContext(ctx, method, "http://perimeterd"+path, bytes.NewReader(request))
 	if err != nil {
 		return err
 	}
@@ -101,13 +103,13 @@ func (c *Client) do(ctx context.Context, method, path string, in, out any) error
 		return fmt.Errorf("%s: %w", c.path, err)
 	}
 	defer res.Body.Close()
-	body.Reset()
-	if _, err := body.ReadFrom(http.MaxBytesReader(nil, res.Body, maxReply)); err != nil {
+	body, err := io.ReadAll(http.MaxBytesReader(nil, res.Body, maxReply))
+	if err != nil {
 		return fmt.Errorf("%s: %w", c.path, err)
 	}
 	if res.StatusCode != http.StatusOK {
 		var e vpn.ErrorReply
-		if json.Unmarshal(body.Bytes(), &e) != nil || e.Error == nil {
+		if json.Unmarshal(body, &e) != nil || e.Error == nil {
 			return fmt.Errorf("%s: the daemon answered %s", c.path, res.Status)
 		}
 		e.Error.Status = res.StatusCode
@@ -116,5 +118,5 @@ func (c *Client) do(ctx context.Context, method, path string, in, out any) error
 	if out == nil {
 		return nil
 	}
-	return json.Unmarshal(body.Bytes(), out)
+	return json.Unmarshal(body, out)
 }
