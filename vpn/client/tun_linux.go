@@ -34,8 +34,11 @@ type systemTUN struct {
 // NewSystemTUN makes a tunnel interface, named by the kernel. It has no address and no route yet: nothing goes there.
 func NewSystemTUN() (Link, error) {
 	d, err := tun.CreateTUN("pvpn%d", maxMTU)
-	if errors.Is(err, syscall.EPERM) {
+	switch {
+	case errors.Is(err, syscall.EPERM):
 		err = fmt.Errorf("it needs CAP_NET_ADMIN: %w", err)
+	case errors.Is(err, syscall.EACCES):
+		err = fmt.Errorf("/dev/net/tun: %w: it is root's alone here, which udev would not do: sudo chmod 0666 /dev/net/tun", err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("tunnel device: %w", err)
