@@ -35,6 +35,7 @@ type Firewall struct {
 	gen     uint32   // ruleset generation at which print was last seen to hold
 	handles [32]byte // of the table and its sets, as last applied
 	restore bool     // what the sets hold is not what the mirror says
+	next    *next    // on trial; nil: nothing is
 }
 
 // New makes a Firewall; it changes nothing until Apply. Netns is a file descriptor of the network namespace to work in,
@@ -45,10 +46,14 @@ func New(log *slog.Logger, netns int) *Firewall {
 
 // Apply makes the table hold what cfg says, in one atomic batch that touches no other table. Windows, tokens, spent
 // tokens, peers and admitted addresses stay. Fresh says that the table was not there before: nothing is known then of the
-// tokens that were spent.
+// tokens that were spent. A trial ends with it.
 func (f *Firewall) Apply(cfg Config) (fresh bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	return f.replaceLocked(cfg, nil)
+}
+
+func (f *Firewall) replaceLocked(cfg Config, next *next) (fresh bool, err error) {
 	if f.applied { // what another tool did meanwhile must not be taken for ours
 		_, handles, err := f.fingerprintLocked()
 		if err != nil {
@@ -75,12 +80,19 @@ func (f *Firewall) Apply(cfg Config) (fresh bool, err error) {
 			}
 		}
 	}
+	before := f.next
+	f.next = next
 	if err := f.applyLocked(cfg); err != nil {
+		f.next = before
 		return false, err
 	}
 	f.cfg, f.applied = cfg, true
 	return fresh, nil
 }
+
+// readBuffer has room for the answers to a batch, one a message, which the library reads only when all is sent: two
+// configurations of a trial are more than the kernel's default of 208 KiB holds. It is a bound, not an allocation.
+const readBuffer = 4 << 20
 
 // connLocked is the one socket for everything. It stays open: closing a netfilter socket waits until the kernel has freed
 // what the last commit took out, some 14 ms, while a commit itself takes 0.1 ms.
@@ -90,7 +102,7 @@ func (f *Firewall) connLocked() (*nftables.Conn, error) {
 	}
 	c, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(f.netns), nftables.WithSockOptions(func(nl *netlink.Conn) error {
 		f.nl = nl
-		return nil
+		return nl.SetReadBuffer(readBuffer)
 	}))
 	if err != nil {
 		return nil, fmt.Errorf("netlink socket to nftables: %w", err)
@@ -201,9 +213,16 @@ func (f *Firewall) writeLocked(cfg Config) error {
 	if err := f.commitLocked(func(c *nftables.Conn) error {
 		b := &builder{conn: c, table: newTable(), sets: map[string]*nftables.Set{}, names: map[string]*nftables.Chain{}}
 		c.FlushTable(b.table) // claimLocked made it; AddTable would say flags 0, and an owned table refuses that
-		b.declare(cfg)
-		b.build(cfg)
-		b.fill(cfg)
+		b.declareSets()
+		if f.next == nil {
+			b.build(cfg)
+		} else {
+			b.buildTrial(cfg, *f.next, time.Now())
+		}
+		if !slices.EqualFunc(f.cfg.Sequences, cfg.Sequences, knock.Sequence.Equal) {
+			b.conn.FlushSet(b.sets["progress4"])
+			b.conn.FlushSet(b.sets["progress6"])
+		}
 		b.clean(chains, sets)
 		return b.err
 	}); err != nil {
@@ -244,7 +263,7 @@ func (b *builder) fill(cfg Config) {
 	var stepElements, portElements, reach []nftables.SetElement
 	for _, s := range steps {
 		stepElements = append(stepElements, nftables.SetElement{
-			Key: slices.Concat(native.PutUint32(s.State), portKey(s.Port)), Val: native.PutUint32(s.Next)})
+			Key: slices.Concat(native.PutUint32(b.state(s.State)), portKey(s.Port)), Val: native.PutUint32(b.state(s.Next))})
 	}
 	for _, p := range ports {
 		portElements = append(portElements, nftables.SetElement{Key: portKey(p)})
@@ -271,9 +290,9 @@ func (b *builder) fill(cfg Config) {
 	}
 	for name, elements := range map[string][]nftables.SetElement{"step": stepElements, "knockports": portElements, "reach": reach,
 		"trusted4": ranges(trusted4), "trusted6": ranges(trusted6)} {
-		b.conn.FlushSet(b.sets[name])
+		b.conn.FlushSet(b.named(name))
 		for part := range slices.Chunk(elements, chunk) {
-			if err := b.conn.SetAddElements(b.sets[name], part); err != nil && b.err == nil {
+			if err := b.conn.SetAddElements(b.named(name), part); err != nil && b.err == nil {
 				b.err = err
 			}
 		}

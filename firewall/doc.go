@@ -40,14 +40,16 @@
 //		set admitted { type ipv4_addr; flags timeout; size 65536; }
 //		set service { type ipv4_addr . inet_service; flags timeout; size 65536; }
 //
-//		# Sequence knock: every sequence compiled to one automaton: state . protocol . port -> next state.
-//		# Bit 31 set: complete, the low bits are the credential id. Ports already hit are self-loops.
-//		map step { type mark . inet_proto . inet_service : mark; size 65536; }
-//		set knockports { type inet_proto . inet_service; size 65536; }
+//		# Sequence knock: where each source is, and how fast it may go on.
 //		map progress4 { type ipv4_addr : mark; flags dynamic,timeout; size 65536; timeout 10s; }
 //		map progress6 { type ipv6_addr : mark; flags dynamic,timeout; size 65536; timeout 10s; }
 //		set pace4 { type ipv4_addr; flags dynamic,timeout; size 65536; timeout 10s; }
 //		set pace6 { type ipv6_addr; flags dynamic,timeout; size 65536; timeout 10s; }
+//
+//		# Every sequence compiled to one automaton: state . protocol . port -> next state.
+//		# Bit 31 set: complete, the low bits are the credential id. Ports already hit are self-loops.
+//		map step { type mark . inet_proto . inet_service : mark; size 65536; }
+//		set knockports { type inet_proto . inet_service; size 65536; }
 //
 //		# Sources that need no knock, which the configuration names.
 //		set trusted4 { type ipv4_addr; flags interval; }

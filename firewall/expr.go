@@ -41,11 +41,9 @@ func verdict(kind expr.VerdictKind, chain string) match {
 	return match{&expr.Verdict{Kind: kind, Chain: chain}}
 }
 
-func accept() match           { return verdict(expr.VerdictAccept, "") }
-func drop() match             { return verdict(expr.VerdictDrop, "") }
-func returns() match          { return verdict(expr.VerdictReturn, "") }
-func goTo(chain string) match { return verdict(expr.VerdictGoto, chain) }
-func jump(chain string) match { return verdict(expr.VerdictJump, chain) }
+func accept() match  { return verdict(expr.VerdictAccept, "") }
+func drop() match    { return verdict(expr.VerdictDrop, "") }
+func returns() match { return verdict(expr.VerdictReturn, "") }
 func rejectX() match {
 	return reject(unix.NFT_REJECT_ICMPX_UNREACH, unix.NFT_REJECT_ICMPX_PORT_UNREACH)
 }
@@ -150,17 +148,17 @@ func rate(n uint64, unit expr.LimitTime, burst uint32) *expr.Limit {
 }
 
 func (b *builder) lookup(set string) match {
-	s := b.sets[set]
+	s := b.named(set)
 	return match{&expr.Lookup{SourceRegister: regKey, SetName: s.Name, SetID: s.ID}}
 }
 
 func (b *builder) notIn(set string) match {
-	s := b.sets[set]
+	s := b.named(set)
 	return match{&expr.Lookup{SourceRegister: regKey, SetName: s.Name, SetID: s.ID, Invert: true}}
 }
 
 func (b *builder) markFrom(m string) match {
-	s := b.sets[m]
+	s := b.named(m)
 	return match{&expr.Lookup{SourceRegister: regKey, DestRegister: regKey, IsDestRegSet: true, SetName: s.Name, SetID: s.ID},
 		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: regKey}}
 }
@@ -168,14 +166,14 @@ func (b *builder) markFrom(m string) match {
 // markInto changes a map's element whose data is the packet's mark. A zero timeout is the map's own. The kernel wants
 // the data register for every operation on a map, also for delete.
 func (b *builder) markInto(op int, m string, timeout time.Duration) match {
-	s := b.sets[m]
+	s := b.named(m)
 	return join(load(expr.MetaKeyMARK, regData), match{&expr.Dynset{SrcRegKey: regKey, SrcRegData: regData, SetName: s.Name, SetID: s.ID,
 		Operation: uint32(op), Timeout: timeout}})
 }
 
 // limited changes a set's element that carries a limit of its own, and goes on only below it.
 func (b *builder) limited(op int, set string, l *expr.Limit) match {
-	s := b.sets[set]
+	s := b.named(set)
 	return match{&expr.Dynset{SrcRegKey: regKey, SetName: s.Name, SetID: s.ID, Operation: uint32(op), Exprs: []expr.Any{l}}}
 }
 

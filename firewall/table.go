@@ -2,6 +2,7 @@ package firewall
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/google/nftables"
@@ -49,6 +50,9 @@ type builder struct {
 	sets  map[string]*nftables.Set
 	names map[string]*nftables.Chain
 	err   error
+	// On trial, the chains and the configured sets of the next configuration carry nextSuffix. The rules of a base chain that
+	// the configuration decides stand in a chain of their own then, for goodSuffix or nextSuffix.
+	suffix, base string
 }
 
 func newTable() *nftables.Table {
@@ -64,22 +68,42 @@ func (b *builder) set(s *nftables.Set) {
 }
 
 func (b *builder) chain(name string) {
+	name = b.local(name)
 	b.names[name] = b.conn.AddChain(&nftables.Chain{Name: name, Table: b.table})
 }
 
-func (b *builder) baseChain(name string, hook *nftables.ChainHook, policy nftables.ChainPolicy) {
-	b.names[name] = b.conn.AddChain(&nftables.Chain{Name: name, Table: b.table, Hooknum: hook,
-		Priority: nftables.ChainPriorityRef(-5), Type: nftables.ChainTypeFilter, Policy: &policy})
+// local is what a chain is called in the configuration that is being built.
+func (b *builder) local(chain string) string {
+	switch chain {
+	case "input", "output":
+		return chain + b.base
+	case "forward":
+		return chain
+	}
+	return chain + b.suffix
+}
+
+func (b *builder) goTo(chain string) match { return verdict(expr.VerdictGoto, b.local(chain)) }
+func (b *builder) jump(chain string) match { return verdict(expr.VerdictJump, b.local(chain)) }
+
+// configured are the sets whose elements the configuration decides: each configuration has its own.
+var configured = []string{"step", "knockports", "trusted4", "trusted6", "reach"}
+
+// named is a set as the configuration that is being built knows it.
+func (b *builder) named(set string) *nftables.Set {
+	if slices.Contains(configured, set) {
+		set += b.suffix
+	}
+	return b.sets[set]
 }
 
 func (b *builder) rule(chain string, parts ...match) {
-	b.conn.AddRule(&nftables.Rule{Table: b.table, Chain: b.names[chain], Exprs: join(parts...)})
+	b.conn.AddRule(&nftables.Rule{Table: b.table, Chain: b.names[b.local(chain)], Exprs: join(parts...)})
 }
 
-// declare adds every set and chain, so that rules may name them in any order.
-func (b *builder) declare(cfg Config) {
-	ip4, ip6, mark := nftables.TypeIPAddr, nftables.TypeIP6Addr, nftables.TypeMark
-	port, protocol := nftables.TypeInetService, nftables.TypeInetProto
+// declareSets adds every set, so that rules may name them in any order.
+func (b *builder) declareSets() {
+	ip4, ip6, mark, port := nftables.TypeIPAddr, nftables.TypeIP6Addr, nftables.TypeMark, nftables.TypeInetService
 	concat := nftables.MustConcatSetType
 	sources := func(name string, key nftables.SetDatatype, isMap bool, timeout time.Duration) {
 		s := &nftables.Set{Name: name, KeyType: key, KeyByteOrder: network, HasTimeout: true, Dynamic: true, Size: setSize, Timeout: timeout}
@@ -102,29 +126,50 @@ func (b *builder) declare(cfg Config) {
 	tok.Bytes = knock.TokenSize
 	b.set(&nftables.Set{Name: "tokens", KeyType: tok, DataType: mark, IsMap: true, HasTimeout: true, Size: tokenSize, Timeout: tokenTimeout})
 	b.set(&nftables.Set{Name: "spent", KeyType: tok, HasTimeout: true, Dynamic: true, Size: tokenSize, Timeout: spentTimeout})
-	b.set(&nftables.Set{Name: "step", KeyType: concat(mark, protocol, port), DataType: mark, IsMap: true, Size: setSize})
-	b.set(&nftables.Set{Name: "knockports", KeyType: concat(protocol, port), Size: setSize})
 	sources("progress4", ip4, true, progressTimeout)
 	sources("progress6", ip6, true, progressTimeout)
 	sources("pace4", ip4, false, progressTimeout)
 	sources("pace6", ip6, false, progressTimeout)
-	b.set(&nftables.Set{Name: "trusted4", KeyType: ip4, KeyByteOrder: network, Interval: true})
-	b.set(&nftables.Set{Name: "trusted6", KeyType: ip6, KeyByteOrder: network, Interval: true})
-	b.set(&nftables.Set{Name: "reach", KeyType: concat(ip4, port), Concatenation: true, Interval: true})
+}
 
+func (b *builder) declareConfigured() {
+	mark, port, protocol := nftables.TypeMark, nftables.TypeInetService, nftables.TypeInetProto
+	concat := nftables.MustConcatSetType
+	b.set(&nftables.Set{Name: "step" + b.suffix, KeyType: concat(mark, protocol, port), DataType: mark, IsMap: true, Size: setSize})
+	b.set(&nftables.Set{Name: "knockports" + b.suffix, KeyType: concat(protocol, port), Size: setSize})
+	b.set(&nftables.Set{Name: "trusted4" + b.suffix, KeyType: nftables.TypeIPAddr, KeyByteOrder: network, Interval: true})
+	b.set(&nftables.Set{Name: "trusted6" + b.suffix, KeyType: nftables.TypeIP6Addr, KeyByteOrder: network, Interval: true})
+	b.set(&nftables.Set{Name: "reach" + b.suffix, KeyType: concat(nftables.TypeIPAddr, port), Concatenation: true, Interval: true})
+}
+
+// declareHook adds a chain that the kernel calls. On trial it only chooses whose rules are gone through, which stand in a
+// chain of their own.
+func (b *builder) declareHook(name string, hook *nftables.ChainHook, policy nftables.ChainPolicy) {
+	if b.suffix == "" {
+		b.names[name] = b.conn.AddChain(&nftables.Chain{Name: name, Table: b.table, Hooknum: hook,
+			Priority: nftables.ChainPriorityRef(-5), Type: nftables.ChainTypeFilter, Policy: &policy})
+	}
+	if b.local(name) != name {
+		b.chain(name)
+	}
+}
+
+func (b *builder) declareChains(cfg Config) {
 	policy := nftables.ChainPolicyAccept
 	if cfg.Mode == Host {
 		policy = nftables.ChainPolicyDrop
 	}
-	b.baseChain("input", nftables.ChainHookInput, policy)
+	b.declareHook("input", nftables.ChainHookInput, policy)
 	for _, name := range []string{"gate", "token", "refused", "open", "knock", "knock_step", "knock_hit", "seq_open", "seq_opened", "stray", "tunnel"} {
 		b.chain(name)
 	}
 	if cfg.Mode == Host {
 		b.chain("host")
 	}
-	b.baseChain("forward", nftables.ChainHookForward, nftables.ChainPolicyAccept)
-	b.baseChain("output", nftables.ChainHookOutput, nftables.ChainPolicyAccept)
+	if b.suffix == "" { // nothing that could be on trial changes it
+		b.declareHook("forward", nftables.ChainHookForward, nftables.ChainPolicyAccept)
+	}
+	b.declareHook("output", nftables.ChainHookOutput, nftables.ChainPolicyAccept)
 	b.chain("egress")
 }
 
@@ -158,8 +203,10 @@ func (b *builder) both(chain, prefix string, parts func(set string) match) {
 	b.rule(chain, source6(), parts(prefix+"6"))
 }
 
-// build writes the rules of doc.go.
+// build writes the rules of doc.go, and the elements that the configuration decides.
 func (b *builder) build(cfg Config) {
+	b.declareConfigured()
+	b.declareChains(cfg)
 	b.inputRules(cfg)
 	b.gateRules()
 	b.knockRules(cfg)
@@ -168,24 +215,25 @@ func (b *builder) build(cfg Config) {
 		b.hostRules(cfg)
 	}
 	b.outputRules(cfg)
+	b.fill(cfg)
 }
 
 func (b *builder) inputRules(cfg Config) {
 	b.rule("input", load(expr.MetaKeyIIF, regKey), equal(native.PutUint32(1)), accept()) // lo is 1 in every namespace
-	b.rule("input", load(expr.MetaKeyIIFNAME, regKey), equal(device(cfg.Interface)), goTo("tunnel"))
+	b.rule("input", load(expr.MetaKeyIIFNAME, regKey), equal(device(cfg.Interface)), b.goTo("tunnel"))
 	b.rule("input", in4(16, cfg.Network), drop())
 	b.rule("input", in4(12, cfg.Network), drop())
 	tcpPort := join(proto(unix.IPPROTO_TCP), dport())
-	b.rule("input", tcpPort, b.ports(cfg.GatePorts), goTo("gate"))
+	b.rule("input", tcpPort, b.ports(cfg.GatePorts), b.goTo("gate"))
 	port, length := network.PutUint16(cfg.TunnelPort), network.PutUint16(8+knock.TokenSize)
-	b.rule("input", proto(unix.IPPROTO_UDP), transport(2, 4, regKey), equal(append(port, length...)), goTo("token"))
-	b.rule("input", proto(unix.IPPROTO_UDP), dport(), equal(port), goTo("gate"))
+	b.rule("input", proto(unix.IPPROTO_UDP), transport(2, 4, regKey), equal(append(port, length...)), b.goTo("token"))
+	b.rule("input", proto(unix.IPPROTO_UDP), dport(), equal(port), b.goTo("gate"))
 	b.rule("input", ctState(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept())
-	b.rule("input", load(expr.MetaKeyL4PROTO, regKey), transport(2, 2, regKey2), b.lookup("knockports"), goTo("knock"))
-	b.rule("input", tcpSYN(expr.CmpOpEq), jump("stray"))
-	b.rule("input", proto(unix.IPPROTO_UDP), jump("stray"))
+	b.rule("input", load(expr.MetaKeyL4PROTO, regKey), transport(2, 2, regKey2), b.lookup("knockports"), b.goTo("knock"))
+	b.rule("input", tcpSYN(expr.CmpOpEq), b.jump("stray"))
+	b.rule("input", proto(unix.IPPROTO_UDP), b.jump("stray"))
 	if cfg.Mode == Host {
-		b.rule("input", goTo("host"))
+		b.rule("input", b.goTo("host"))
 	}
 }
 
@@ -217,10 +265,10 @@ func (b *builder) knockRules(cfg Config) {
 
 	b.rule("token", ctState(expr.CtStateBitINVALID), drop())
 	b.rule("token", fibDestination(), differs(native.PutUint32(unix.RTN_LOCAL)), drop())
-	b.rule("token", token(), b.lookup("spent"), goTo("refused"))
+	b.rule("token", token(), b.lookup("spent"), b.goTo("refused"))
 	b.rule("token", token(), b.markFrom("tokens"),
-		token(), b.limited(dynsetAdd, "spent", rate(1, expr.LimitTimeDay, 1)), goTo("open"))
-	b.rule("token", goTo("refused"))
+		token(), b.limited(dynsetAdd, "spent", rate(1, expr.LimitTimeDay, 1)), b.goTo("open"))
+	b.rule("token", b.goTo("refused"))
 
 	b.rule("refused", match{over}, drop())
 	b.rule("refused", token(), b.markFrom("tokens"), tell(TokenReplayed), drop())
@@ -234,17 +282,17 @@ func (b *builder) knockRules(cfg Config) {
 	b.rule("knock", ctState(expr.CtStateBitINVALID), returns())
 	b.rule("knock", tcpSYN(expr.CmpOpNeq), returns())
 	b.both("knock", "pace", func(set string) match {
-		return join(b.limited(dynsetUpdate, set, rate(20, expr.LimitTimeSecond, 20)), goTo("knock_step"))
+		return join(b.limited(dynsetUpdate, set, rate(20, expr.LimitTimeSecond, 20)), b.goTo("knock_step"))
 	})
 
 	b.rule("knock_step", setMark(0))
 	b.both("knock_step", "progress", b.markFrom)
 	b.both("knock_step", "progress", del)
-	b.rule("knock_step", load(expr.MetaKeyMARK, regKey), load(expr.MetaKeyL4PROTO, regKey2), transport(2, 2, regKey3), b.markFrom("step"), goTo("knock_hit"))
+	b.rule("knock_step", load(expr.MetaKeyMARK, regKey), load(expr.MetaKeyL4PROTO, regKey2), transport(2, 2, regKey3), b.markFrom("step"), b.goTo("knock_hit"))
 	b.rule("knock_step", load(expr.MetaKeyMARK, regKey), differs(native.PutUint32(0)), reset)
 	b.rule("knock_step", setMark(0))
 
-	b.rule("knock_hit", load(expr.MetaKeyMARK, regKey), masked(native.PutUint32(knock.Complete)), differs(native.PutUint32(0)), goTo("seq_open"))
+	b.rule("knock_hit", load(expr.MetaKeyMARK, regKey), masked(native.PutUint32(knock.Complete)), differs(native.PutUint32(0)), b.goTo("seq_open"))
 	for class, pause := range pauses {
 		add := func(set string) match { return b.markInto(dynsetAdd, set, differing(pause, progressTimeout)) }
 		if len(pauses) == 1 {
@@ -258,7 +306,7 @@ func (b *builder) knockRules(cfg Config) {
 	b.rule("knock_hit", setMark(0))
 
 	b.both("seq_open", "seq", del)
-	b.both("seq_open", "seq", func(set string) match { return join(b.markInto(dynsetAdd, set, window), goTo("seq_opened")) })
+	b.both("seq_open", "seq", func(set string) match { return join(b.markInto(dynsetAdd, set, window), b.goTo("seq_opened")) })
 	b.rule("seq_open", full)
 	b.rule("seq_open", setMark(0))
 
@@ -288,13 +336,14 @@ func (b *builder) tunnelRules(cfg Config) {
 }
 
 func (b *builder) outputRules(cfg Config) {
-	b.rule("forward", load(expr.MetaKeyIIFNAME, regKey), equal(device(cfg.Interface)), drop())
-	b.rule("forward", load(expr.MetaKeyOIFNAME, regKey), equal(device(cfg.Interface)), drop())
-
+	if b.suffix == "" {
+		b.rule("forward", load(expr.MetaKeyIIFNAME, regKey), equal(device(cfg.Interface)), drop())
+		b.rule("forward", load(expr.MetaKeyOIFNAME, regKey), equal(device(cfg.Interface)), drop())
+	}
 	toTunnel := join(load(expr.MetaKeyOIFNAME, regKey), equal(device(cfg.Interface)))
 	b.rule("output", toTunnel, ipv4(), daddr4(), b.notIn("admitted"), drop())
 	b.rule("output", toTunnel, ipv6(), drop())
-	b.rule("output", load(expr.MetaKeySKGID, regKey), equal(native.PutUint32(cfg.GID)), tcpSYN(expr.CmpOpEq), goTo("egress"))
+	b.rule("output", load(expr.MetaKeySKGID, regKey), equal(native.PutUint32(cfg.GID)), tcpSYN(expr.CmpOpEq), b.goTo("egress"))
 
 	b.rule("egress", ipv4(), proto(unix.IPPROTO_TCP), daddr4(), transport(2, 2, regKey2), b.lookup("reach"), accept())
 	b.rule("egress", fibDestination(), differs(native.PutUint32(unix.RTN_UNICAST)), rejectX())

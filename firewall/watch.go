@@ -234,7 +234,7 @@ func (f *Firewall) queryLocked(message uint16, flags netlink.HeaderFlags) ([]net
 func (f *Firewall) opened(o Opening) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	w := Window{o.Source, o.Credential, o.Sequence, o.At.Add(f.cfg.Window)}
+	w := Window{o.Source, o.Credential, o.Sequence, o.At.Add(f.rulingLocked(o.At).Window)}
 	f.state.windows[w.key()] = w
 	switch {
 	case o.Sequence:

@@ -59,6 +59,11 @@ type Sequence struct {
 	Timeout    time.Duration // between two knocks
 }
 
+// Equal tells whether two sequences open the same door for the same user.
+func (s Sequence) Equal(o Sequence) bool {
+	return s.Name == o.Name && s.Credential == o.Credential && s.Timeout == o.Timeout && slices.Equal(s.Ports, o.Ports)
+}
+
 // MinPorts is the shortest sequence, DefaultTimeout the pause it may make.
 const (
 	MinPorts       = 3
