@@ -28,6 +28,7 @@ var Reference []byte
 type Config struct {
 	File string // where it was read
 	Dir  string // the file's directory
+	Text []byte // the file
 	Paths
 	Endpoint string // gate.endpoint: HOST:PORT, TCP, where clients find the gate
 

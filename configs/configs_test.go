@@ -42,7 +42,9 @@ func TestReferenceStatesTheDefaults(t *testing.T) {
 	}
 	// The one key without a default.
 	text := strings.Replace(strings.Join(kept, ""), "[gate]\n", minimal, 1)
-	if got, want := mustParse(t, text), mustParse(t, minimal); !reflect.DeepEqual(got, want) {
+	got, want := mustParse(t, text), mustParse(t, minimal)
+	got.Text, want.Text = nil, nil
+	if !reflect.DeepEqual(got, want) {
 		t.Fatalf("the reference says\n%+v\nthe defaults are\n%+v", got, want)
 	}
 }

@@ -119,7 +119,7 @@ func (p *parser) config() *Config {
 		p.bad("", "%v", err)
 	}
 	c := &Config{
-		File: p.file, Dir: dir,
+		File: p.file, Dir: dir, Text: p.data,
 		Paths:    Paths{StateDir: p.directory("state_dir", r.StateDir), RunDir: p.directory("run_dir", r.RunDir)},
 		Endpoint: r.Gate.Endpoint,
 		Console:  Console{Admins: r.Console.Admins, Metrics: p.metrics(r.Console.Metrics)},

@@ -47,17 +47,28 @@ const fallbackGroup = 60194
 // daemonGroup makes the process's group one of its own, since the backstop in the table judges outgoing connections by
 // it; with root's, it would judge those of every service of root.
 func daemonGroup() (uint32, error) {
+	gid, err := groupOfDaemon()
+	if err != nil || os.Getegid() == int(gid) {
+		return gid, err
+	}
+	if err := syscall.Setregid(int(gid), int(gid)); err != nil {
+		return 0, fmt.Errorf("take the group %d: %w", gid, err)
+	}
+	return gid, nil
+}
+
+// groupOfDaemon is the number of that group.
+func groupOfDaemon() (uint32, error) {
 	if gid := os.Getegid(); gid != 0 {
 		return uint32(gid), nil
 	}
-	gid := fallbackGroup
-	if g, err := user.LookupGroup(control.Group); err == nil {
-		if gid, err = strconv.Atoi(g.Gid); err != nil || gid == 0 {
-			return 0, fmt.Errorf("group %s has the number %q: it must be one of its own", control.Group, g.Gid)
-		}
+	g, err := user.LookupGroup(control.Group)
+	if err != nil {
+		return fallbackGroup, nil
 	}
-	if err := syscall.Setregid(gid, gid); err != nil {
-		return 0, fmt.Errorf("take the group %d: %w", gid, err)
+	gid, err := strconv.ParseUint(g.Gid, 10, 32)
+	if err != nil || gid == 0 {
+		return 0, fmt.Errorf("group %s has the number %q: it must be one of its own", control.Group, g.Gid)
 	}
 	return uint32(gid), nil
 }

@@ -76,7 +76,8 @@ Exit status: 0 done, 1 failed, 2 the command line or the configuration is wrong.
 	}
 	root.PersistentFlags().String("config", configs.DefaultPath, "configuration `FILE`")
 	root.AddCommand(newInitCommand(), newCheckCommand(), newRunCommand(), newUserCommand(),
-		newStatusCommand(), newSessionsCommand(), newKickCommand(), newWatchCommand())
+		newStatusCommand(), newSessionsCommand(), newKickCommand(), newWatchCommand(),
+		newDiffCommand(), newApplyCommand(), newConfirmCommand(), newRollbackCommand())
 	return root
 }
 

@@ -35,7 +35,7 @@ func newRunCommand() *cobra.Command {
   perimeterd run
   perimeterd run --config /srv/bastion/perimeterd.toml
 
-SIGHUP reads the configuration again; what is wrong there changes nothing. SIGTERM stops the daemon: the door stays closed,
+SIGHUP reads the configuration again, as perimeterd apply does; what is wrong there changes nothing. SIGTERM stops the daemon: the door stays closed,
 open windows expire on time, sessions come back with the next start.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -70,6 +70,9 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	}
 	defer db.Close()
 	users, meta := identity.NewUsers(db), identity.NewMeta(db)
+	if cfg, err = lastGood(cfg, meta, log); err != nil {
+		return err
+	}
 	store, err := session.OpenBolt(db, time.Now())
 	if err != nil {
 		return err
@@ -175,9 +178,11 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		return err
 	}
 
+	changes := &changes{log: log, meta: meta, door: access, good: cfg, rest: func(c *configs.Config) error { return forward.Reload(c.Proxy) }}
 	operations := &control.Operations{Users: users, Sessions: store, Now: time.Now, Log: log,
-		UserChanged: access.userChanged,
-		Status:      statusOf(access.config, door),
+		UserChanged:   access.userChanged,
+		Status:        statusOf(access.config, door, changes.problem),
+		Configuration: changes,
 	}
 
 	events := event.NewLog(log, event.StrangerLimits())
@@ -207,17 +212,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	g.Go(func() error {
 		return control.Serve(ctx, cfg.ControlSocket(), control.Handler(operations), func() { close(operating) })
 	})
-	g.Go(func() error {
-		return reload(ctx, log, cfg, func(old, next *configs.Config) error {
-			if err := access.configure(next); err != nil {
-				return errors.Join(err, access.configure(old))
-			}
-			if err := forward.Reload(next.Proxy); err != nil {
-				return errors.Join(err, access.configure(old))
-			}
-			return nil
-		})
-	})
+	g.Go(func() error { return changes.Run(ctx) })
 	g.Go(func() error {
 		for _, part := range []chan struct{}{observing, operating} {
 			select {
@@ -292,7 +287,7 @@ func expire(ctx context.Context, store session.Store) error {
 	}
 }
 
-func statusOf(config func() *configs.Config, door *firewall.Firewall) func() control.Status {
+func statusOf(config func() *configs.Config, door *firewall.Firewall, problem func() string) func() control.Status {
 	started := time.Now()
 	return func() control.Status {
 		cfg := config()
@@ -305,6 +300,9 @@ func statusOf(config func() *configs.Config, door *firewall.Firewall) func() con
 			s.Problems = append(s.Problems, err.Error())
 		}
 		s.Windows = len(windows)
+		if p := problem(); p != "" {
+			s.Problems = append(s.Problems, p)
+		}
 		return s
 	}
 }

@@ -24,25 +24,41 @@ type access struct {
 	tokens *firewall.Tokens
 	log    *slog.Logger
 
-	mu  sync.Mutex // over reading users and writing what follows from them, or an older list might be written last
-	cfg *configs.Config
+	mu    sync.Mutex // over reading users and writing what follows from them, or an older list might be written last
+	cfg   *configs.Config
+	trial *configs.Config // rules until the time below, or nil
+	until time.Time
 }
 
 // userChanged follows a user who was added or revoked: tokens and windows of who is out are gone when it returns.
 func (a *access) userChanged(string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return errors.Join(a.loadTokens(), a.apply(a.cfg))
+	return errors.Join(a.loadTokens(), a.write(a.cfg, a.trial))
 }
 
-// configure makes another configuration the door's.
+// configure makes another configuration the door's, and ends a trial.
 func (a *access) configure(cfg *configs.Config) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if err := a.apply(cfg); err != nil {
+	if err := a.write(cfg, nil); err != nil {
 		return err
 	}
-	a.cfg = cfg
+	a.cfg, a.trial = cfg, nil
+	return nil
+}
+
+// try makes another configuration the door's until the time given.
+func (a *access) try(next *configs.Config, until time.Time) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	before := a.until
+	a.until = until
+	if err := a.write(a.cfg, next); err != nil {
+		a.until = before
+		return err
+	}
+	a.trial = next
 	return nil
 }
 
@@ -50,16 +66,31 @@ func (a *access) configure(cfg *configs.Config) error {
 func (a *access) config() *configs.Config {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if a.trial != nil && time.Now().Before(a.until) {
+		return a.trial
+	}
 	return a.cfg
 }
 
-func (a *access) apply(cfg *configs.Config) error {
-	table, err := tableConfig(cfg, a.names, a.gid, a.log)
+// write makes the table of a configuration, and of one on trial while there is time left to speak of.
+func (a *access) write(cfg, trial *configs.Config) error {
+	good, err := a.table(cfg)
 	if err != nil {
 		return err
 	}
-	_, err = a.door.Apply(table)
-	return err
+	if trial == nil || time.Until(a.until) < time.Second {
+		_, err := a.door.Apply(good)
+		return err
+	}
+	next, err := a.table(trial)
+	if err != nil {
+		return err
+	}
+	return a.door.Try(good, next, a.until)
+}
+
+func (a *access) table(cfg *configs.Config) (firewall.Config, error) {
+	return tableConfig(cfg, a.names, a.gid, a.log)
 }
 
 // loadTokens closes the door for users who are out, and gives new ones their tokens.

@@ -7,6 +7,9 @@
 //	POST   /v1/users/NAME/revoke    Revocation → identity.User
 //	GET    /v1/sessions             []Session
 //	DELETE /v1/sessions/ID          ends it as kicked
+//	POST   /v1/configuration        Trial → Applied: takes up the file
+//	POST   /v1/configuration/confirm, /v1/configuration/rollback → Applied
+//	GET    /v1/configuration/table  firewall.Config: what the file would make of the table
 //
 // Refusals are vpn.ErrorReply. The daemon never sees a CA key: the enrolment carries the hash of a certificate's public
 // key, and the command that sends it made the certificate.
@@ -78,6 +81,8 @@ type Operations struct {
 	UserChanged func(name string) error
 	// Status is the daemon's part of Status. Nil: none.
 	Status func() Status
+	// Configuration takes up other configurations. Nil: none can be.
+	Configuration Configuration
 }
 
 // AddUser enters a user or another device of one.
@@ -211,6 +216,9 @@ func Handler(o *Operations) http.Handler {
 		}
 		return struct{}{}, o.Kick(r.Context(), id)
 	})
+	if o.Configuration != nil {
+		handleConfiguration(handle, o.Configuration)
+	}
 	handle("/", func(r *http.Request) (any, error) {
 		return nil, &vpn.APIError{Status: http.StatusNotFound, Code: vpn.CodeNotFound,
 			Message: "no such operation: " + r.Method + " " + r.URL.Path}
