@@ -15,9 +15,6 @@ func (p *parser) refuseMissing() {
 		{"tunnel.backend", r.Tunnel.Backend, r.Tunnel.Backend == "userspace", `write "userspace"`},
 		{"session.status_file", r.Session.StatusFile, r.Session.StatusFile == "", "leave it empty and ask `perimeterd sessions`"},
 		{"proxy.per_user_bandwidth", r.Proxy.PerUserBandwidth, r.Proxy.PerUserBandwidth == "", "leave it empty"},
-		{"identity.ca_key", r.Identity.CAKey, r.Identity.CAKey != "", "write \"pki/ca.key\", the CA of `perimeterd init`"},
-		{"identity.crl", r.Identity.CRL, r.Identity.CRL == "", "leave it empty: the built-in CA needs none"},
-		{"identity.allowed", r.Identity.Allowed, r.Identity.Allowed == "", "leave it empty: the users of `perimeterd user list` are allowed"},
 		{"store.etcd", r.Store.Etcd, len(r.Store.Etcd) == 0, "leave it empty: the state stays on this host"},
 		{"log.squid_access_log", r.Log.SquidAccessLog, r.Log.SquidAccessLog == "", "leave it empty: the log has every request"},
 		{"log.audit_keep", r.Log.AuditKeep, r.Log.AuditKeep == "400d", "remove it: the journal keeps the log"},
@@ -26,7 +23,7 @@ func (p *parser) refuseMissing() {
 			continue
 		}
 		value := ""
-		if c.value != "" || c.key == "identity.ca_key" {
+		if c.value != "" {
 			value = fmt.Sprintf(" %q", c.value)
 		}
 		p.bad(c.key, "%s%s: not in this version: %s", c.key, value, c.way)

@@ -45,11 +45,16 @@ type Config struct {
 
 // Identity names the files of the PKI. All but CAKey are the daemon's to read.
 type Identity struct {
-	CA, CAKey, Cert, Key string
-	Master               string // knock master
-	WireGuardKey         string
-	ServerID             string
+	CA, Cert, Key string
+	CAKey         string // of the built-in CA; empty: the CA is another's
+	CRL, Allowed  string // of another's CA; empty: none
+	Master        string // knock master
+	WireGuardKey  string
+	ServerID      string
 }
+
+// External says whether the CA is another's, which issues certificates and revokes them.
+func (i Identity) External() bool { return i.CAKey == "" }
 
 // Knock is what the firewall's part does not hold.
 type Knock struct {

@@ -174,16 +174,15 @@ func TestBadConfigurations(t *testing.T) {
 				f + ":11: proxy.rule 3: group \"A B\": not a name: want 1 to 64 of a-z 0-9 . _ - with a letter or digit first"},
 		{"a rule with a URL", minimal + "[[proxy.rule]]\nallow = [\"https://s3.amazonaws.com/bucket\"]\nports = [443]\n",
 			f + ":3: proxy.rule 1: allow \"https://s3.amazonaws.com/bucket\": want a name, without \"https://\", as in \"s3.amazonaws.com\""},
+		{"an external CA's files for the built-in one", minimal + "[identity]\ncrl = \"crl.pem\"\nallowed = \"/etc/dns\"\n",
+			f + ":4: identity.crl \"crl.pem\": the built-in CA needs none, as its users are entered and revoked here: leave it empty, or write ca_key = \"\" if the CA is another's\n" +
+				f + ":5: identity.allowed \"/etc/dns\": the built-in CA needs none, as its users are entered and revoked here: leave it empty, or write ca_key = \"\" if the CA is another's"},
 		{"what is not in this version", minimal + `[tunnel]
 backend = "kernel"
 [session]
 status_file = "/run/status"
 [proxy]
 per_user_bandwidth = "200Mbit"
-[identity]
-ca_key = ""
-crl = "crl.pem"
-allowed = "dns.txt"
 [console]
 metrics = ":9617"
 [store]
@@ -195,13 +194,10 @@ audit_keep = "10d"
 			f + ":4: tunnel.backend \"kernel\": not in this version: write \"userspace\"\n" +
 				f + ":6: session.status_file \"/run/status\": not in this version: leave it empty and ask `perimeterd sessions`\n" +
 				f + ":8: proxy.per_user_bandwidth \"200Mbit\": not in this version: leave it empty\n" +
-				f + ":10: identity.ca_key \"\": not in this version: write \"pki/ca.key\", the CA of `perimeterd init`\n" +
-				f + ":11: identity.crl \"crl.pem\": not in this version: leave it empty: the built-in CA needs none\n" +
-				f + ":12: identity.allowed \"dns.txt\": not in this version: leave it empty: the users of `perimeterd user list` are allowed\n" +
-				f + ":14: console.metrics \":9617\": want HOST:PORT, as in 127.0.0.1:9617; it asks for no password, so keep it where only Prometheus can reach it\n" +
-				f + ":16: store.etcd [\"http://127.0.0.1:2379\"]: not in this version: leave it empty: the state stays on this host\n" +
-				f + ":18: log.squid_access_log \"/var/log/squid.log\": not in this version: leave it empty: the log has every request\n" +
-				f + ":19: log.audit_keep \"10d\": not in this version: remove it: the journal keeps the log"},
+				f + ":10: console.metrics \":9617\": want HOST:PORT, as in 127.0.0.1:9617; it asks for no password, so keep it where only Prometheus can reach it\n" +
+				f + ":12: store.etcd [\"http://127.0.0.1:2379\"]: not in this version: leave it empty: the state stays on this host\n" +
+				f + ":14: log.squid_access_log \"/var/log/squid.log\": not in this version: leave it empty: the log has every request\n" +
+				f + ":15: log.audit_keep \"10d\": not in this version: remove it: the journal keeps the log"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -243,6 +239,17 @@ func TestLoadSaysWhatToDoAboutAMissingFile(t *testing.T) {
 	c, err := Load(path)
 	if err != nil || c.Identity.Master != filepath.Join(filepath.Dir(path), "pki/knock.master") {
 		t.Fatalf("%+v %v", c, err)
+	}
+}
+
+func TestExternalCAHasNoKeyHere(t *testing.T) {
+	c := mustParse(t, minimal+"[identity]\nca = \"/etc/openvpn/ca.crt\"\nca_key = \"\"\ncrl = \"pki/crl.pem\"\nallowed = \"/etc/openvpn/allowed\"\n")
+	id, dir := c.Identity, c.Dir
+	if !id.External() || id.CA != "/etc/openvpn/ca.crt" || id.CAKey != "" || id.CRL != filepath.Join(dir, "pki/crl.pem") || id.Allowed != "/etc/openvpn/allowed" {
+		t.Fatalf("%+v", id)
+	}
+	if c := mustParse(t, minimal); c.Identity.External() || c.Identity.CRL != "" || c.Identity.Allowed != "" {
+		t.Fatalf("%+v", c.Identity)
 	}
 }
 

@@ -136,14 +136,28 @@ func (p *parser) config() *Config {
 		return filepath.Join(dir, path)
 	}
 	c.Identity = Identity{
-		CA: beside("identity.ca", r.Identity.CA), CAKey: filepath.Join(dir, "pki", "ca.key"),
+		CA:   beside("identity.ca", r.Identity.CA),
 		Cert: beside("identity.cert", r.Identity.Cert), Key: beside("identity.key", r.Identity.Key),
 		Master:       filepath.Join(dir, "pki", "knock.master"),
 		WireGuardKey: filepath.Join(dir, "pki", "wireguard.key"),
 		ServerID:     filepath.Join(dir, "pki", "server.id"),
 	}
-	if r.Identity.CAKey != "" { // empty is refused elsewhere
+	if r.Identity.CAKey != "" {
 		c.Identity.CAKey = beside("identity.ca_key", r.Identity.CAKey)
+	}
+	c.Identity.CRL, c.Identity.Allowed = r.Identity.CRL, r.Identity.Allowed
+	for _, f := range []struct {
+		key  string
+		path *string
+	}{{"identity.crl", &c.Identity.CRL}, {"identity.allowed", &c.Identity.Allowed}} {
+		switch {
+		case *f.path == "":
+		case c.Identity.External():
+			*f.path = beside(f.key, *f.path)
+		default:
+			p.bad(f.key, `%s %q: the built-in CA needs none, as its users are entered and revoked here: leave it empty, or write ca_key = "" if the CA is another's`,
+				f.key, *f.path)
+		}
 	}
 
 	network := p.network(r.Tunnel.Network)

@@ -206,17 +206,17 @@ func (c *changes) Table() (firewall.Config, error) {
 	return c.door.table(next)
 }
 
-// problem is what an operator should know of the configuration that rules.
-func (c *changes) problem() string {
+// problems are what an operator should know of the configuration that rules.
+func (c *changes) problems() (all []identity.Problem) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.next != nil {
-		return fmt.Sprintf("a configuration is on trial until %s: `perimeterd confirm` keeps it", clock(c.until))
+		return []identity.Problem{{Text: fmt.Sprintf("a configuration is on trial until %s: `perimeterd confirm` keeps it", clock(c.until)), Soon: true}}
 	}
 	if u, err := c.meta.Unconfirmed(); err != nil || u != nil {
-		return fmt.Sprintf("%s was tried and not confirmed, the last good configuration rules: change the file, or `perimeterd apply` takes it up as it is", c.good.File)
+		return []identity.Problem{{Text: c.good.File + " was tried and not confirmed, the last good configuration rules: change the file, or `perimeterd apply` takes it up as it is"}}
 	}
-	return ""
+	return nil
 }
 
 // lastGood is the configuration to start with: the file's, unless that was tried and not confirmed.

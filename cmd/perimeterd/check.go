@@ -86,6 +86,7 @@ Exit status, for monitors: 0 all is well, 1 something is not, 2 the configuratio
 				text, err := k.run(cmd.Context(), c)
 				show(found(k.name, text, err))
 			}
+			show(checkExternal(c)...)
 			show(checkHost(cmd.Context(), c)...)
 			for _, a := range firewall.CheckKernel(cmd.Context(), c.Firewall) {
 				show(found("kernel, "+a.Name, a.Text, a.Err))
@@ -110,7 +111,7 @@ func checkKeys(_ context.Context, c *configs.Config) (string, error) {
 	}
 	for _, path := range []string{id.Key, id.Master, id.WireGuardKey, id.CAKey} {
 		st, err := os.Stat(path)
-		if path == id.CAKey && errors.Is(err, fs.ErrNotExist) {
+		if path == id.CAKey && (id.External() || errors.Is(err, fs.ErrNotExist)) {
 			continue // kept elsewhere, which is better
 		}
 		if err != nil {
@@ -164,7 +165,7 @@ func checkCertificates(_ context.Context, c *configs.Config) (string, error) {
 	for _, name := range []string{hex.EncodeToString(id[:]), host} {
 		_, err := pair.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: name, CurrentTime: now})
 		if err != nil {
-			return "", fmt.Errorf("%s as %s: %w", c.Identity.Cert, name, err)
+			return "", fmt.Errorf("%s as %s: %w%s", c.Identity.Cert, name, err, serverWay(c, hex.EncodeToString(id[:]), host))
 		}
 	}
 	end := pair.Leaf.NotAfter

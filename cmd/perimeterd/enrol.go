@@ -40,6 +40,9 @@ type addOptions struct {
 // but in the profile, so a record without a profile lets nobody in, and is revoked besides; a profile is never written for
 // a record that was not.
 func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) (err error) {
+	if c.Identity.External() {
+		return o.enterName(cmd, c)
+	}
 	if _, err := os.Lstat(o.out); err == nil {
 		return o.exists()
 	}

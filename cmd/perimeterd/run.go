@@ -77,13 +77,13 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	if err != nil {
 		return err
 	}
-	// A daemon that was killed in the middle of a revocation left sessions that nobody else would end; before anything holds
-	// their addresses.
-	if err := endRevoked(store, users, log); err != nil {
+	verifier, err := newVerifier(cfg.Identity, users)
+	if err != nil {
 		return err
 	}
-	verifier, err := identity.NewVerifier(cfg.Identity.CA, users, time.Now)
-	if err != nil {
+	// A daemon that was killed in the middle of a revocation left sessions that nobody else would end; before anything holds
+	// their addresses.
+	if err := endRefused(store, verifier, log); err != nil {
 		return err
 	}
 
@@ -162,6 +162,11 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	if err := metrics.Ask(console.Sources{Sets: door, Owned: door.Owned, Pending: tunnel.Pending, Connections: forward.Live}); err != nil {
 		return err
 	}
+	if cfg.Identity.External() {
+		if err := metrics.AskAuthority(console.Authority{CRLs: verifier.CRLs, Problems: func() int { return len(verifier.Problems()) }}); err != nil {
+			return err
+		}
+	}
 	// The order of an end: the tunnel carries no more, the proxy resets what it has open, then the address may rest.
 	store.Watch(tunnel.SessionEvent)
 	store.Watch(forward.SessionEvent)
@@ -181,8 +186,9 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	changes := &changes{log: log, meta: meta, door: access, good: cfg, rest: func(c *configs.Config) error { return forward.Reload(c.Proxy) }}
 	operations := &control.Operations{Users: users, Sessions: store, Now: time.Now, Log: log,
 		UserChanged:   access.userChanged,
-		Status:        statusOf(access.config, door, changes.problem),
+		Status:        statusOf(access.config, door, changes.problems, verifier.Problems),
 		Configuration: changes,
+		Listed:        verifier.Listed,
 	}
 
 	events := event.NewLog(log, event.StrangerLimits())
@@ -209,6 +215,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	g.Go(func() error { return api.Run(ctx, gates...) })
 	g.Go(func() error { return forward.Run(ctx, inner) })
 	g.Go(func() error { return expire(ctx, store) })
+	g.Go(func() error { return followAuthority(ctx, store, verifier, log) })
 	g.Go(func() error {
 		return control.Serve(ctx, cfg.ControlSocket(), control.Handler(operations), func() { close(operating) })
 	})
@@ -249,29 +256,6 @@ func newLog(c configs.Log) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(os.Stderr, o))
 }
 
-// endRevoked ends the stored sessions whose certificate would not be let in any more.
-func endRevoked(store session.Store, users *identity.Users, log *slog.Logger) error {
-	list, err := users.List()
-	if err != nil {
-		return err
-	}
-	good := map[[32]byte]bool{}
-	for _, u := range list {
-		for _, d := range u.Devices {
-			good[d.Key] = u.Active() && d.Active(time.Now())
-		}
-	}
-	for _, s := range store.List() {
-		if !good[s.Certificate] {
-			log.Warn("a session outlived its user's revocation and is ended", "session", s.ID, "user", s.User)
-			if err := store.End(s.ID, session.Revoked); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
 // expire ends sessions when their time comes, until ctx ends. The kernel's elements expire by themselves; this removes
 // the peer and resets connections.
 func expire(ctx context.Context, store session.Store) error {
@@ -287,7 +271,7 @@ func expire(ctx context.Context, store session.Store) error {
 	}
 }
 
-func statusOf(config func() *configs.Config, door *firewall.Firewall, problem func() string) func() control.Status {
+func statusOf(config func() *configs.Config, door *firewall.Firewall, problems ...func() []identity.Problem) func() control.Status {
 	started := time.Now()
 	return func() control.Status {
 		cfg := config()
@@ -295,14 +279,16 @@ func statusOf(config func() *configs.Config, door *firewall.Firewall, problem fu
 		for _, p := range cfg.Egress.Public {
 			s.Egress = append(s.Egress, p.String())
 		}
+		for _, of := range problems {
+			for _, p := range of() {
+				s.Problems = append(s.Problems, p.Text)
+			}
+		}
 		windows, err := door.Windows()
 		if err != nil {
 			s.Problems = append(s.Problems, err.Error())
 		}
 		s.Windows = len(windows)
-		if p := problem(); p != "" {
-			s.Problems = append(s.Problems, p)
-		}
 		return s
 	}
 }

@@ -133,6 +133,13 @@ func printUsers(out io.Writer, all []identity.User, now time.Time) error {
 		if groups == "" {
 			groups = "-"
 		}
+		if len(u.Devices) == 0 { // certificates of an external CA are not known here
+			state := "active"
+			if !u.Active() {
+				state = "revoked " + u.Revoked.Local().Format(time.DateOnly)
+			}
+			fmt.Fprintf(w, "%s\t-\t%s\t-\t%s\n", u.Name, groups, state)
+		}
 		for _, d := range u.Devices {
 			state := "active"
 			switch {

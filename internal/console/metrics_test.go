@@ -176,6 +176,13 @@ func TestNamesKeepTheirPromise(t *testing.T) {
 	m, reg := newMetrics(t, &table{fill: map[string]Fill{"open4": {1, 2}}})
 	m.GateRequest("")
 	m.Access(proxy.Access{User: "alice", Dialed: netip.MustParseAddrPort("203.0.113.1:443")})
+	if err := m.AskAuthority(Authority{CRLs: func() []CRL { return []CRL{{"CN=CA", started}} }, Problems: func() int { return 2 }}); err != nil {
+		t.Fatal(err)
+	}
+	expect(t, reg, `
+		perimeterd_crl_next_update_timestamp_seconds{issuer="CN=CA"} 1.767323045e+09
+		perimeterd_identity_problems 2
+	`)
 	problems, err := testutil.GatherAndLint(reg)
 	if err != nil || len(problems) != 0 {
 		t.Errorf("%v %v", problems, err)

@@ -25,6 +25,9 @@ const (
 	SessionsBegun   = "perimeterd_sessions_begun_total" // without those that come back after a restart
 	SessionsEnded   = "perimeterd_sessions_ended_total" // by reason (session.Reason)
 
+	CRLNextUpdate    = "perimeterd_crl_next_update_timestamp_seconds" // by issuer; an external CA's: when its CRL expires, and the gate shuts its users out
+	IdentityProblems = "perimeterd_identity_problems"                 // of an external CA's files, those included that keep nobody out yet
+
 	ProxyRequests    = "perimeterd_proxy_requests_total"           // by decision (allow, deny, observe) and reason (proxy.Reason)
 	ProxyBytes       = "perimeterd_proxy_bytes_total"              // by direction: up is to the destination; counted as connections end
 	ProxyConnections = "perimeterd_proxy_connections"              // of clients, live

@@ -83,6 +83,8 @@ type Operations struct {
 	Status func() Status
 	// Configuration takes up other configurations. Nil: none can be.
 	Configuration Configuration
+	// Listed says whether a name that is not in Users may come in all the same, by an external CA's list. Nil: none may.
+	Listed func(name string) bool
 }
 
 // AddUser enters a user or another device of one.
@@ -105,6 +107,9 @@ func (o *Operations) ListUsers(context.Context) ([]identity.User, error) {
 // where the state file could not be written.
 func (o *Operations) RevokeUser(_ context.Context, name, device string) (identity.User, error) {
 	u, err := o.Users.Revoke(name, device, o.Now())
+	if errors.Is(err, identity.ErrNoUser) && device == "" && o.Listed != nil && o.Listed(name) {
+		u, err = o.Users.Forbid(name, o.Now())
+	}
 	if errors.Is(err, identity.ErrNoUser) {
 		return identity.User{}, err
 	}

@@ -51,7 +51,7 @@ func newFixture(t *testing.T) *fixture {
 
 func (f *fixture) path(name string) string { return filepath.Join(f.dir, name) }
 
-func openState(t *testing.T, path string) *bolt.DB {
+func openState(t testing.TB, path string) *bolt.DB {
 	t.Helper()
 	db, err := OpenState(path)
 	if err != nil {
@@ -82,7 +82,7 @@ func (f *fixture) enter(t *testing.T, user, device string, is *Issued) User {
 }
 
 // issueRaw signs what IssueClient never would.
-func issueRaw(t *testing.T, ca *CA, user string, edit func(*x509.Certificate)) *Issued {
+func issueRaw(t testing.TB, ca *CA, user string, edit func(*x509.Certificate)) *Issued {
 	t.Helper()
 	template := &x509.Certificate{
 		Subject:     pkix.Name{CommonName: user},
@@ -97,7 +97,7 @@ func issueRaw(t *testing.T, ca *CA, user string, edit func(*x509.Certificate)) *
 	return is
 }
 
-func state(t *testing.T, is *Issued) tls.ConnectionState {
+func state(t testing.TB, is *Issued) tls.ConnectionState {
 	t.Helper()
 	block, _ := pem.Decode(is.Certificate)
 	c, err := x509.ParseCertificate(block.Bytes)
@@ -107,7 +107,7 @@ func state(t *testing.T, is *Issued) tls.ConnectionState {
 	return tls.ConnectionState{PeerCertificates: []*x509.Certificate{c}}
 }
 
-func wantRefusal(t *testing.T, err error, code Code) {
+func wantRefusal(t testing.TB, err error, code Code) {
 	t.Helper()
 	var r *Refusal
 	if !errors.As(err, &r) || r.Code != code {

@@ -1,6 +1,7 @@
 package identity
 
 import (
+	"cmp"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -45,7 +46,10 @@ type User struct {
 	Epoch      uint32    `json:"epoch"`      // of the knock secret; a higher one makes earlier secrets worthless
 	Created    time.Time `json:"created"`
 	Revoked    time.Time `json:"revoked,omitzero"`
-	Devices    []Device  `json:"devices"` // oldest first, revoked ones included
+	// Barred is when he was last revoked, if he was let in again since: of an external authority's certificates, which the
+	// store does not know, those issued before are not his any more.
+	Barred  time.Time `json:"barred,omitzero"`
+	Devices []Device  `json:"devices"` // oldest first, revoked ones included; of an external authority's, those entered here
 }
 
 // Device is one certificate of a user.
@@ -63,13 +67,18 @@ func (u User) Active() bool { return u.Revoked.IsZero() }
 // Active says whether the device is neither revoked nor expired.
 func (d Device) Active(now time.Time) bool { return d.Revoked.IsZero() && now.Before(d.NotAfter) }
 
-// Enrolment is a certificate that was just issued, about to become a user's.
+// Enrolment is a certificate that was just issued, about to become a user's. Without Device, Key and NotAfter it is a name
+// alone, which lets in certificates of an external authority, and none of the built-in one.
 type Enrolment struct {
 	Name     string    `json:"name"`
 	Groups   []string  `json:"groups"` // for a user who is active already: empty, or what he has
 	Device   string    `json:"device"`
 	Key      KeyHash   `json:"key"`
 	NotAfter time.Time `json:"not_after"`
+}
+
+func (e *Enrolment) nameAlone() bool {
+	return e.Device == "" && e.Key == (KeyHash{}) && e.NotAfter.IsZero()
 }
 
 // Users is the store of users.
@@ -96,9 +105,14 @@ func (s *Users) Add(e Enrolment, now time.Time) (u User, err error) {
 				return err
 			}
 		case !u.Active():
-			u.Groups, u.Revoked, u.Epoch = e.Groups, time.Time{}, u.Epoch+1
+			u.Groups, u.Barred, u.Revoked, u.Epoch = e.Groups, u.Revoked, time.Time{}, u.Epoch+1
+		case e.nameAlone():
+			return fmt.Errorf("user %q: %w, in groups %q", u.Name, ErrUserExists, u.Groups)
 		case len(e.Groups) > 0 && !sameSet(e.Groups, u.Groups):
 			return fmt.Errorf("user %q: %w, in groups %q: leave --group off, or revoke him first", u.Name, ErrUserExists, u.Groups)
+		}
+		if e.nameAlone() {
+			return put(tx, u)
 		}
 		for _, d := range u.Devices {
 			if d.Name == e.Device && d.Active(now) {
@@ -125,7 +139,7 @@ func (e *Enrolment) check(now time.Time) error {
 	if err := CheckName("user", e.Name); err != nil {
 		return err
 	}
-	if err := CheckName("device", e.Device); err != nil {
+	if err := CheckName("device", e.Device); err != nil && !e.nameAlone() {
 		return err
 	}
 	if len(e.Groups) > 64 {
@@ -139,7 +153,7 @@ func (e *Enrolment) check(now time.Time) error {
 	if e.Groups == nil {
 		e.Groups = []string{}
 	}
-	if e.Key == (KeyHash{}) || !e.NotAfter.After(now) {
+	if !e.nameAlone() && (e.Key == (KeyHash{}) || !e.NotAfter.After(now)) {
 		return fmt.Errorf("user %q: %w: the certificate has no key or ended already", e.Name, ErrName)
 	}
 	return nil
@@ -202,6 +216,24 @@ func (s *Users) Revoke(name, device string, now time.Time) (u User, err error) {
 		return User{}, err
 	}
 	return u, nil
+}
+
+// Forbid enters a name that is not known here as revoked: an external authority's list would let him in without it.
+func (s *Users) Forbid(name string, now time.Time) (u User, err error) {
+	if err := CheckName("user", name); err != nil {
+		return User{}, err
+	}
+	err = s.db.Update(func(tx *bolt.Tx) error {
+		if _, known, err := get(tx, name); err != nil || known {
+			return cmp.Or(err, fmt.Errorf("user %q: %w", name, ErrUserExists))
+		}
+		u = User{Name: name, Groups: []string{}, Created: now, Revoked: now}
+		if u.Credential, err = nextCredential(tx); err != nil {
+			return err
+		}
+		return put(tx, u)
+	})
+	return u, err
 }
 
 // RaiseEpoch makes the user's knock secrets so far worthless. Errors: ErrNoUser, or of the medium.

@@ -17,6 +17,7 @@ type Identity struct {
 	Credential  uint32
 	Certificate [32]byte // SHA-256 of the certificate's public key (SubjectPublicKeyInfo)
 	NotAfter    time.Time
+	Chain       [][]byte // DER, the certificate first and what leads from it to an authority after it: for Again
 }
 
 // Code says why a certificate was refused. Codes are stable: logs, metrics and the audit show them.
@@ -32,8 +33,11 @@ const (
 	NoClientAuth  Code = "no_client_auth" // the extended key usage does not name clientAuth
 	UnknownUser   Code = "unknown_user"
 	UnknownKey    Code = "unknown_key" // the user is known, this certificate is not his
-	RevokedCert   Code = "revoked"     // the user, or this device
+	RevokedCert   Code = "revoked"     // the user, this device, or the certificate by its authority's CRL
 	StateFailed   Code = "state_failed"
+	NoCRL         Code = "no_crl"      // there is no current CRL of its issuer
+	NotAllowed    Code = "not_allowed" // identity.allowed has not its subject
+	BadName       Code = "bad_name"    // an external authority's certificate whose subject names no user
 )
 
 // Refusal is the error of every certificate that does not open the gate.
@@ -55,22 +59,28 @@ func (r *Refusal) Unwrap() error { return r.Err }
 
 // Verifier checks client certificates against the authority and the users.
 type Verifier struct {
-	roots *x509.CertPool
-	users *Users
-	now   func() time.Time
+	roots    *x509.CertPool
+	users    *Users
+	now      func() time.Time
+	external *external // nil: the authority is the built-in one, whose certificates the store knows
 }
 
 // NewVerifier trusts the certificates in caPath, a PEM bundle, and the users of the store.
 func NewVerifier(caPath string, users *Users, now func() time.Time) (*Verifier, error) {
+	v, _, err := newVerifier(caPath, users, now)
+	return v, err
+}
+
+func newVerifier(caPath string, users *Users, now func() time.Time) (*Verifier, []*x509.Certificate, error) {
 	certs, err := ReadCertificates(caPath)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	roots := x509.NewCertPool()
 	for _, c := range certs {
 		roots.AddCert(c)
 	}
-	return &Verifier{roots: roots, users: users, now: now}, nil
+	return &Verifier{roots: roots, users: users, now: now}, certs, nil
 }
 
 // TLSConfig is a server's configuration that lets nobody past the handshake whom Identify refuses.
@@ -95,23 +105,39 @@ func (v *Verifier) VerifyConnection(cs tls.ConnectionState) error {
 	return err
 }
 
-// Identify says whose connection it is, by the state of users and of the clock at this moment: call it at every request.
-// Every error is a *Refusal.
+// Identify says whose connection it is, by the state of users, CRLs and lists, and of the clock, at this moment: call it at
+// every request. Every error is a *Refusal.
 func (v *Verifier) Identify(cs tls.ConnectionState) (Identity, error) {
 	if len(cs.PeerCertificates) == 0 {
 		return Identity{}, &Refusal{Code: NoCertificate, Text: "no client certificate: use the one of the profile"}
 	}
-	leaf, now := cs.PeerCertificates[0], v.now()
-	name := leaf.Subject.CommonName
+	return v.judge(cs.PeerCertificates[0], cs.PeerCertificates[1:])
+}
+
+// Again judges an Identity's Chain anew, as Identify does: what made a session may be no good any more.
+func (v *Verifier) Again(chain [][]byte) (Identity, error) {
+	var certs []*x509.Certificate
+	for _, der := range chain {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return Identity{}, &Refusal{Code: Invalid, Text: err.Error(), Err: err}
+		}
+		certs = append(certs, c)
+	}
+	return v.Identify(tls.ConnectionState{PeerCertificates: certs})
+}
+
+func (v *Verifier) judge(leaf *x509.Certificate, others []*x509.Certificate) (Identity, error) {
+	now, name := v.now(), leaf.Subject.CommonName
 	refuse := func(code Code, err error, format string, a ...any) (Identity, error) {
 		return Identity{}, &Refusal{Code: code, User: name, Text: fmt.Sprintf(format, a...), Err: err}
 	}
 	intermediates := x509.NewCertPool()
-	for _, c := range cs.PeerCertificates[1:] {
+	for _, c := range others {
 		intermediates.AddCert(c)
 	}
 	// The usage is judged below, since Verify takes an absent one and anyExtendedKeyUsage for every usage.
-	_, err := leaf.Verify(x509.VerifyOptions{
+	chains, err := leaf.Verify(x509.VerifyOptions{
 		Roots: v.roots, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
 	var unknown x509.UnknownAuthorityError
@@ -131,26 +157,54 @@ func (v *Verifier) Identify(cs tls.ConnectionState) (Identity, error) {
 	if !slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageClientAuth) || slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageAny) {
 		return refuse(NoClientAuth, nil, "its extended key usage must state clientAuth, and not anyExtendedKeyUsage")
 	}
+	if x := v.external; x != nil {
+		if code, text := x.refuses(chains, now); code != "" {
+			return refuse(code, nil, "%s", text)
+		}
+	}
 	u, err := v.users.Get(name)
-	if errors.Is(err, ErrNoUser) {
+	switch {
+	case errors.Is(err, ErrNoUser) && v.Listed(name):
+		u = User{Name: name}
+	case errors.Is(err, ErrNoUser):
 		return refuse(UnknownUser, err, "no user of this gate has that name: ask its operator")
-	}
-	if err != nil {
+	case err != nil:
 		return refuse(StateFailed, err, "the gate cannot read its users now")
-	}
-	if !u.Active() {
+	case !u.Active():
 		return refuse(RevokedCert, nil, "the user was revoked: ask the operator")
 	}
 	key := HashKey(leaf)
-	i := slices.IndexFunc(u.Devices, func(d Device) bool { return d.Key == key })
-	if i < 0 {
+	var device string
+	switch i := slices.IndexFunc(u.Devices, func(d Device) bool { return d.Key == key }); {
+	case i >= 0 && !u.Devices[i].Revoked.IsZero():
+		return refuse(RevokedCert, nil, "the device %q was revoked: ask the operator", u.Devices[i].Name)
+	case i >= 0:
+		device = u.Devices[i].Name
+	case v.external == nil:
 		return refuse(UnknownKey, nil, "this certificate was never given to him here: ask the operator for a new profile")
+	case leaf.NotBefore.Before(u.Barred):
+		return refuse(RevokedCert, nil, "it was issued on %s, before its user was revoked on %s: ask the operator for a new one",
+			leaf.NotBefore.Format(time.RFC3339), u.Barred.Format(time.RFC3339))
+	default:
+		device = serialKey(leaf.SerialNumber)
 	}
-	d := u.Devices[i]
-	if !d.Revoked.IsZero() {
-		return refuse(RevokedCert, nil, "the device %q was revoked: ask the operator", d.Name)
+	id := Identity{User: u.Name, Device: device, Groups: u.Groups, Credential: u.Credential, Certificate: key}
+	id.Chain, id.NotAfter = longest(chains)
+	return id, nil
+}
+
+// longest picks of a certificate's chains the one that is good the longest, which is until the first of its certificates
+// expires, and returns it without the authority at its end.
+func longest(chains [][]*x509.Certificate) (chain [][]byte, end time.Time) {
+	for _, c := range chains {
+		first := slices.MinFunc(c, func(a, b *x509.Certificate) int { return a.NotAfter.Compare(b.NotAfter) }).NotAfter
+		if chain != nil && !first.After(end) {
+			continue
+		}
+		chain, end = nil, first
+		for _, c := range c[:max(1, len(c)-1)] {
+			chain = append(chain, c.Raw)
+		}
 	}
-	return Identity{
-		User: u.Name, Device: d.Name, Groups: u.Groups, Credential: u.Credential, Certificate: key, NotAfter: leaf.NotAfter,
-	}, nil
+	return chain, end
 }

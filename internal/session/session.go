@@ -48,6 +48,7 @@ type Session struct {
 	Groups       []string   // the user's groups when the session began
 	Credential   uint32     // the user's stable number in kernel maps
 	Certificate  [32]byte   // SHA-256 of the certificate's public key (SubjectPublicKeyInfo)
+	Chain        [][]byte   // the certificate and what led to its authority, DER: whether it would be let in now can be asked
 	PublicKey    Key        // of the client
 	PresharedKey Key        // secret: never logged, never listed
 	Address      netip.Addr // tunnel address, unique among live sessions
@@ -65,7 +66,7 @@ const (
 	Deleted  Reason = "deleted"  // by its owner
 	Expired  Reason = "expired"  // Expires passed
 	Replaced Reason = "replaced" // the certificate opened more than session.devices
-	Revoked  Reason = "revoked"  // user or device revoked
+	Revoked  Reason = "revoked"  // user, device or certificate revoked, or not let in any more
 	Kicked   Reason = "kicked"   // by an operator
 )
 

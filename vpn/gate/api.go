@@ -138,7 +138,7 @@ func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source
 	if id.NotAfter.Before(expires) {
 		expires = id.NotAfter
 	}
-	s := session.Session{ID: session.NewID(), User: id.User, Device: device, Groups: id.Groups, Credential: id.Credential, Certificate: id.Certificate,
+	s := session.Session{ID: session.NewID(), User: id.User, Device: device, Groups: id.Groups, Credential: id.Credential, Certificate: id.Certificate, Chain: id.Chain,
 		PublicKey: session.Key(req.PublicKey), Address: address, Outer: source, Created: now, Expires: expires, PostQuantum: postQuantum}
 	rand.Read(s.PresharedKey[:])
 	switch err := g.store.Put(s); {
