@@ -47,15 +47,25 @@ func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) (err error) {
 	if err != nil {
 		return err
 	}
-	ca, err := identity.LoadCA(c.Identity.CA, c.Identity.CAKey)
-	if err != nil {
-		return err
-	}
 	p, master, err := serverProfile(c)
 	if err != nil {
 		return err
 	}
-	issued, err := ca.IssueClient(o.name, o.device, o.valid, time.Now())
+	key, err := identity.NewKey()
+	if err != nil {
+		return err
+	}
+	csr, err := identity.NewRequest(key, o.name, o.device)
+	if err != nil {
+		return err
+	}
+	sign := newSigner(c, "--quiet")
+	defer sign.Close()
+	cert, err := sign.Enrol(cmd.Context(), o.name, o.device, o.valid, csr.DER)
+	if err != nil {
+		return err
+	}
+	secret, err := identity.EncodePrivateKey(key)
 	if err != nil {
 		return err
 	}
@@ -75,7 +85,7 @@ func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) (err error) {
 	}()
 	return withUsers(cmd.Context(), c, func(us users) error {
 		u, err := us.AddUser(cmd.Context(), identity.Enrolment{
-			Name: o.name, Groups: o.groups, Device: o.device, Key: issued.KeyHash, NotAfter: issued.NotAfter,
+			Name: o.name, Groups: o.groups, Device: o.device, Key: csr.Key, NotAfter: cert.NotAfter,
 		})
 		if err != nil {
 			return err
@@ -84,7 +94,7 @@ func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) (err error) {
 		if o.device != defaultDevice { // a profile is called by both; a lone device needs no name
 			p.Device = o.device
 		}
-		p.Certificate, p.Key = string(issued.Certificate), string(issued.Key)
+		p.Certificate, p.Key = string(identity.EncodeCertificate(cert)), string(secret)
 		if c.Knock.Tokens {
 			p.KnockSecret = base64.StdEncoding.EncodeToString(knock.Secret(master[:], u.Name, u.Epoch))
 			p.KnockStep = c.Knock.Step.String()
@@ -101,7 +111,7 @@ func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) (err error) {
 			return errors.Join(fmt.Errorf("the profile could not be written, so %s's device %s is revoked again: %w", o.name, o.device, err),
 				o.takeBack(cmd, us, u))
 		}
-		o.report(cmd, issued.NotAfter, passphrase != "")
+		o.report(cmd, cert.NotAfter, passphrase != "")
 		return nil
 	})
 }

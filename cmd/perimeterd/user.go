@@ -170,6 +170,7 @@ It acts at once, on live sessions too, and for good: added again, a user gets ne
 				if _, err := us.RevokeUser(cmd.Context(), args[0], device); err != nil {
 					return err
 				}
+				forget(cmd, us, args[0], device)
 				who := args[0]
 				if device != "" {
 					who += "'s device " + device
