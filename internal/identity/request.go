@@ -91,8 +91,7 @@ func checkKey(key crypto.PublicKey) error {
 // NewRequest makes a signing request for a key.
 func NewRequest(key crypto.Signer, user, device string) (*Request, error) {
 	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
-		Subject: pkix.Name{CommonName: user, OrganizationalUnit: []string{device}},
-	}, key)
+		Subject: pkix.Name{CommonName: user, OrganizationalUnit: []string{device}}}, key)
 	if err != nil {
 		return nil, err
 	}
