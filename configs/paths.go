@@ -23,6 +23,9 @@ func (p Paths) StateFile() string {
 // ControlSocket is where the running daemon takes operators' commands.
 func (p Paths) ControlSocket() string { return filepath.Join(p.RunDir, "control.sock") }
 
+// SignerSocket is where the process that holds the CA key is asked.
+func (p Paths) SignerSocket() string { return filepath.Join(p.RunDir, "signer.sock") }
+
 // FindPaths needs no more of a file than these two: an error elsewhere in it, which the running daemon did not take up,
 // must keep nobody from revoking a user. Its error, an *Error, is all that is wrong with the file; the paths are good
 // besides, where they are not empty.

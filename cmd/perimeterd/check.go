@@ -106,8 +106,8 @@ func checkKeys(_ context.Context, c *configs.Config) (string, error) {
 	if err != nil {
 		return "", missing(err)
 	}
-	if st.Mode().Perm()&0o077 != 0 {
-		return "", fmt.Errorf("%s has mode %04o: others may look in: chmod 700 %s", dir, st.Mode().Perm(), dir)
+	if st.Mode().Perm()&0o066 != 0 { // the signer passes through
+		return "", fmt.Errorf("%s has mode %04o: others may look in: chmod go-rw %s", dir, st.Mode().Perm(), dir)
 	}
 	for _, path := range []string{id.Key, id.Master, id.WireGuardKey, id.CAKey} {
 		st, err := os.Stat(path)
@@ -120,6 +120,9 @@ func checkKeys(_ context.Context, c *configs.Config) (string, error) {
 		if st.Mode().Perm()&0o077 != 0 {
 			return "", fmt.Errorf("%s has mode %04o: others may read it: chmod 600 %s", path, st.Mode().Perm(), path)
 		}
+	}
+	if err := checkSigner(id.CAKey); err != nil {
+		return "", err
 	}
 	for _, path := range []string{id.Master, id.WireGuardKey} {
 		if _, err := identity.ReadKey(path); err != nil {

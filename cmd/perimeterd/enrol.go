@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -31,14 +32,45 @@ import (
 const defaultDevice = "default"
 
 type addOptions struct {
-	name, device, out, passphraseFile string
-	groups                            []string
-	valid                             time.Duration
+	name, device, out, passphraseFile, requestFile string
+	groups                                         []string
+	valid                                          time.Duration
+
+	request *identity.Request // of the key's holder; nil: the key is made here
+}
+
+// readRequest takes the key, and where no other was named the device, from --request. Other names in it are a mistake.
+func (o *addOptions) readRequest(deviceGiven bool) error {
+	f, err := os.Open(o.requestFile)
+	if err != nil {
+		return fmt.Errorf("--request: %w", err)
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, identity.MaxRequest+1))
+	if err == nil {
+		o.request, err = identity.ParseRequest(text)
+	}
+	if err != nil {
+		return fmt.Errorf("--request %s: %w", o.requestFile, err)
+	}
+	if n := o.request.Name; n != "" && n != o.name {
+		return fmt.Errorf("--request %s: it is %q's, not %q's: is it the right file? Else add %s, or have it made anew: vpn enroll %s",
+			o.requestFile, n, o.name, n, o.name)
+	}
+	switch d := o.request.Device; {
+	case d == "":
+	case !deviceGiven:
+		o.device = d
+	case d != o.device:
+		return fmt.Errorf("--request %s: it is for the device %q, not %q: leave --device off, or have it made anew: vpn enroll %s --device %s",
+			o.requestFile, d, o.device, o.name, o.device)
+	}
+	return nil
 }
 
 // run issues a certificate, enters its key in the state, and writes the profile, in this order. The private key is nowhere
-// but in the profile, so a record without a profile lets nobody in, and is revoked besides; a profile is never written for
-// a record that was not.
+// but in the profile, or on the laptop that made the request, so a record without a profile lets nobody in, and is revoked
+// besides; a profile is never written for a record that was not.
 func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) (err error) {
 	if c.Identity.External() {
 		return o.enterName(cmd, c)
@@ -50,15 +82,26 @@ func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) (err error) {
 	if err != nil {
 		return err
 	}
-	ca, err := identity.LoadCA(c.Identity.CA, c.Identity.CAKey)
-	if err != nil {
-		return err
-	}
 	p, master, err := serverProfile(c)
 	if err != nil {
 		return err
 	}
-	issued, err := ca.IssueClient(o.name, o.device, o.valid, time.Now())
+	csr, secret := o.request, []byte(nil)
+	if csr == nil {
+		key, err := identity.NewKey()
+		if err != nil {
+			return err
+		}
+		if secret, err = identity.EncodePrivateKey(key); err != nil {
+			return err
+		}
+		if csr, err = identity.NewRequest(key, o.name, o.device); err != nil {
+			return err
+		}
+	}
+	sign := newSigner(c, "--quiet")
+	defer sign.Close()
+	cert, err := sign.Enrol(cmd.Context(), o.name, o.device, o.valid, csr.DER)
 	if err != nil {
 		return err
 	}
@@ -78,7 +121,7 @@ func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) (err error) {
 	}()
 	return withUsers(cmd.Context(), c, func(us users) error {
 		u, err := us.AddUser(cmd.Context(), identity.Enrolment{
-			Name: o.name, Groups: o.groups, Device: o.device, Key: issued.KeyHash, NotAfter: issued.NotAfter,
+			Name: o.name, Groups: o.groups, Device: o.device, Key: csr.Key, NotAfter: cert.NotAfter,
 		})
 		if err != nil {
 			return err
@@ -87,7 +130,10 @@ func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) (err error) {
 		if o.device != defaultDevice { // a profile is called by both; a lone device needs no name
 			p.Device = o.device
 		}
-		p.Certificate, p.Key = string(issued.Certificate), string(issued.Key)
+		p.Certificate, p.Key = string(identity.EncodeCertificate(cert)), string(secret)
+		if secret == nil {
+			p.KeyID = hex.EncodeToString(csr.Key[:])
+		}
 		if c.Knock.Tokens {
 			p.KnockSecret = base64.StdEncoding.EncodeToString(knock.Secret(master[:], u.Name, u.Epoch))
 			p.KnockStep = c.Knock.Step.String()
@@ -104,7 +150,7 @@ func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) (err error) {
 			return errors.Join(fmt.Errorf("the profile could not be written, so %s's device %s is revoked again: %w", o.name, o.device, err),
 				o.takeBack(cmd, us, u))
 		}
-		o.report(cmd, issued.NotAfter, passphrase != "")
+		o.report(cmd, cert.NotAfter, passphrase != "")
 		return nil
 	})
 }
@@ -137,13 +183,20 @@ func (o *addOptions) takeBack(cmd *cobra.Command, us users, u identity.User) err
 func (o *addOptions) report(cmd *cobra.Command, end time.Time, protected bool) {
 	out := cmd.OutOrStdout()
 	fmt.Fprintf(out, "%s may come in until %s, with device %s.\n\n", o.name, end.Local().Format(time.DateOnly), o.device)
+	if o.request != nil {
+		fmt.Fprintf(out, "The key is %x: `vpn enroll` printed the same, or somebody changed the request on its way.\n\n", o.request.Key)
+	}
 	fmt.Fprintf(out, "Send %s to %s by a way that nobody else reads", o.out, o.name)
 	if protected {
 		fmt.Fprint(out, ", the passphrase by another")
 	}
 	file := o.out[strings.LastIndexByte(o.out, '/')+1:]
 	fmt.Fprintf(out, ", then delete it here. There, next:\n    vpn import %s\n    knock && vpn up\n", file)
-	if !protected {
+	switch {
+	case protected:
+	case o.request != nil:
+		stderrf("%s has no passphrase: whoever reads the file can knock, and no more: the key is not in it.", o.out)
+	default:
 		stderrf("%s has no passphrase: whoever reads the file is %s. A terminal asks for one, --passphrase-file gives one.", o.out, o.name)
 	}
 }

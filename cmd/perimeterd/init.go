@@ -24,6 +24,7 @@ import (
 	"perimeterd/configs"
 	"perimeterd/internal/control"
 	"perimeterd/internal/identity"
+	"perimeterd/internal/signer"
 	"perimeterd/vpn"
 )
 
@@ -238,7 +239,7 @@ func randomSequence(gate uint16) []string {
 // untouched refuses where a file that writeAll makes is there already.
 func untouched(c *configs.Config, config string) error {
 	id := c.Identity
-	for _, path := range []string{config, id.CA, id.CAKey, id.Cert, id.Key, id.Master, id.WireGuardKey, id.ServerID} {
+	for _, path := range []string{config, filepath.Join(filepath.Dir(id.CAKey), signer.Renewable), id.CA, id.CAKey, id.Cert, id.Key, id.Master, id.WireGuardKey, id.ServerID} {
 		if _, err := os.Lstat(path); err == nil {
 			return fmt.Errorf("%s exists: this host was set up before, and init overwrites nothing: "+
 				"go on with `perimeterd user add`, or begin elsewhere with --dir", path)
@@ -291,6 +292,14 @@ func writeAll(c *configs.Config, config string, text []byte, now time.Time) (mad
 	}
 	written = append(written, id.CA, id.CAKey)
 	if err := ca.Save(id.CA, id.CAKey); err != nil {
+		return made, err
+	}
+	record := filepath.Join(filepath.Dir(id.CAKey), signer.Renewable)
+	written = append(written, record)
+	if err := os.Mkdir(record, 0o700); err != nil {
+		return made, err
+	}
+	if err := giveToSigner(id.CAKey); err != nil {
 		return made, err
 	}
 	for _, f := range []struct {

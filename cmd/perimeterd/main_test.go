@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"perimeterd": main})
 }
 
-// The scripts read like a terminal. What differs from run to run is written DATE, PORT and $WORK.
+// The scripts read like a terminal. What differs from run to run is written DATE, KEY, PORT and $WORK.
 func TestCommands(t *testing.T) {
 	imds := httptest.NewServer(http.HandlerFunc(serveEC2))
 	t.Cleanup(imds.Close) // the scripts run on after this function
@@ -58,6 +58,7 @@ func TestCommands(t *testing.T) {
 
 var (
 	day  = regexp.MustCompile(`\b\d{4}-\d\d-\d\d\b`)
+	key  = regexp.MustCompile(`\b[0-9a-f]{64}\b`)
 	port = regexp.MustCompile(`\b[1-9]\d{3,4}\b`)
 )
 
@@ -65,6 +66,7 @@ var (
 func golden(ts *testscript.TestScript, neg bool, args []string) {
 	got := strings.ReplaceAll(ts.ReadFile(args[0]), ts.Getenv("WORK"), "$WORK")
 	got = day.ReplaceAllString(got, "DATE")
+	got = key.ReplaceAllString(got, "KEY")
 	got = port.ReplaceAllStringFunc(got, func(s string) string {
 		if s == "1194" {
 			return s

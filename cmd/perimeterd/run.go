@@ -53,6 +53,12 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	log := newLog(cfg.Log)
+	// While this process is still root's: a signer of its own becomes another user.
+	sign := newSigner(cfg, "--renewals")
+	defer sign.Close()
+	if err := sign.Connect(); err != nil {
+		log.Warn("no certificate can be renewed", "err", err)
+	}
 	gid, err := daemonGroup()
 	if err != nil {
 		return err
@@ -189,6 +195,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		Status:        statusOf(access.config, door, changes.problems, verifier.Problems),
 		Configuration: changes,
 		Listed:        verifier.Listed,
+		Forget:        sign.Forget,
 	}
 
 	events := event.NewLog(log, event.StrangerLimits())

@@ -60,6 +60,7 @@ func newUserAddCommand() *cobra.Command {
   perimeterd user add alice --device desk --out desk.profile
   perimeterd user add bob --group operators --group db --valid 30d
   perimeterd user add bot --passphrase-file /run/secrets/bot
+  perimeterd user add alice --request alice.csr            for a key that ` + "`vpn enroll`" + ` made on her laptop, and that stays there
 
 The profile holds the user's key, certificate and knock secret. On a terminal a passphrase is asked for, which protects
 the whole file (age, scrypt); elsewhere --passphrase-file names a file with it in its first line, or there is none.
@@ -72,6 +73,11 @@ A revoked user who is added again gets a new knock secret, and none of his old c
 			}
 			if o.valid <= 0 {
 				return usageError{fmt.Errorf("--valid %q: want more than nothing, as in 12h or 90d", valid)}
+			}
+			if o.requestFile != "" {
+				if err := o.readRequest(cmd.Flags().Changed("device")); err != nil {
+					return err
+				}
 			}
 			if err := o.checkNames(); err != nil {
 				return usageError{err}
@@ -91,6 +97,7 @@ A revoked user who is added again gets a new knock secret, and none of his old c
 	f.StringVar(&o.device, "device", defaultDevice, "`NAME` that tells the user's devices apart")
 	f.StringVar(&valid, "valid", "90d", "how long the certificate holds, as in 90d or 12h")
 	f.StringVar(&o.out, "out", "", "profile `FILE` to write (default NAME.profile)")
+	f.StringVar(&o.requestFile, "request", "", "sign the key of this request, `FILE` (PKCS #10), instead of making one")
 	f.StringVar(&o.passphraseFile, "passphrase-file", "", "`FILE` whose first line protects the profile")
 	return cmd
 }
@@ -177,6 +184,7 @@ It acts at once, on live sessions too, and for good: added again, a user gets ne
 				if _, err := us.RevokeUser(cmd.Context(), args[0], device); err != nil {
 					return err
 				}
+				forget(cmd, us, args[0], device)
 				who := args[0]
 				if device != "" {
 					who += "'s device " + device

@@ -79,6 +79,8 @@ type Operations struct {
 	// UserChanged is told of a user who was added or revoked, after it is durable. Its error is the operator's to know. Nil:
 	// nobody.
 	UserChanged func(name string) error
+	// Forget tells the signer that nothing of a user's, or of his device's, is to be renewed. Nil: nobody is told.
+	Forget func(ctx context.Context, name, device string) error
 	// Status is the daemon's part of Status. Nil: none.
 	Status func() Status
 	// Configuration takes up other configurations. Nil: none can be.
@@ -105,7 +107,7 @@ func (o *Operations) ListUsers(context.Context) ([]identity.User, error) {
 
 // RevokeUser revokes a user, or one of his devices, and ends the sessions of what was revoked. The sessions end even
 // where the state file could not be written.
-func (o *Operations) RevokeUser(_ context.Context, name, device string) (identity.User, error) {
+func (o *Operations) RevokeUser(ctx context.Context, name, device string) (identity.User, error) {
 	u, err := o.Users.Revoke(name, device, o.Now())
 	if errors.Is(err, identity.ErrNoUser) && device == "" && o.Listed != nil && o.Listed(name) {
 		u, err = o.Users.Forbid(name, o.Now())
@@ -126,6 +128,11 @@ func (o *Operations) RevokeUser(_ context.Context, name, device string) (identit
 		}
 	}
 	o.changed(name)
+	if o.Forget != nil {
+		if e := o.Forget(ctx, name, device); e != nil { // the gate refuses to pass on a renewal of his besides
+			o.Log.Warn("the signer was not told of a revocation", "user", name, "device", device, "err", e)
+		}
+	}
 	if err != nil {
 		o.Log.Error("user revoked in part", "user", name, "device", device, "sessions", ended, "err", err)
 		return u, err

@@ -20,7 +20,7 @@ const Group = "perimeterd"
 // Serve answers on a unix socket at path until ctx ends: mode 0660 and group perimeterd where that group exists, else 0600.
 // A socket that an earlier process left is replaced. Ready, if not nil, is called when the socket takes connections.
 func Serve(ctx context.Context, path string, h http.Handler, ready func()) error {
-	ln, err := listen(path)
+	ln, err := Listen("unix", path)
 	if err != nil {
 		return fmt.Errorf("control socket %s: %w", path, err)
 	}
@@ -58,9 +58,9 @@ func Serve(ctx context.Context, path string, h http.Handler, ready func()) error
 	return err
 }
 
-// listen makes the socket in a directory that is ours alone, and moves it to path when its mode and owner are right: bind
-// would create it with whatever the umask leaves open.
-func listen(path string) (net.Listener, error) {
+// Listen makes a socket ("unix", "unixpacket") in a directory that is ours alone, and moves it to path when its mode and
+// owner are right: bind would create it with whatever the umask leaves open.
+func Listen(network, path string) (net.Listener, error) {
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
@@ -71,7 +71,7 @@ func listen(path string) (net.Listener, error) {
 	}
 	defer os.RemoveAll(private)
 	tmp := filepath.Join(private, "s")
-	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: tmp, Net: "unix"})
+	ln, err := net.ListenUnix(network, &net.UnixAddr{Name: tmp, Net: network})
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package identity
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -10,7 +11,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math/big"
 	"net"
 	"os"
@@ -30,7 +30,8 @@ const (
 
 // CA is the built-in authority with its key.
 type CA struct {
-	Certificate *x509.Certificate
+	Certificate *x509.Certificate   // whose key signs
+	Bundle      []*x509.Certificate // all that are trusted: several while one CA replaces another
 	key         *ecdsa.PrivateKey
 }
 
@@ -44,7 +45,7 @@ type Issued struct {
 
 // NewCA makes an authority. Name is for people.
 func NewCA(name string, now time.Time) (*CA, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	key, err := NewKey()
 	if err != nil {
 		return nil, err
 	}
@@ -67,7 +68,7 @@ func NewCA(name string, now time.Time) (*CA, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &CA{Certificate: cert, key: key}, nil
+	return &CA{Certificate: cert, Bundle: []*x509.Certificate{cert}, key: key}, nil
 }
 
 // Save writes the certificate (0644) and the key (0600). The key's directory is made 0700 if it is missing. Neither file
@@ -76,47 +77,41 @@ func (ca *CA) Save(certPath, keyPath string) error {
 	if err := os.MkdirAll(filepath.Dir(keyPath), 0o700); err != nil {
 		return err
 	}
-	key, err := encodeKey(ca.key)
+	key, err := EncodePrivateKey(ca.key)
 	if err != nil {
 		return err
 	}
 	if err := WriteNew(keyPath, key, 0o600); err != nil {
 		return err
 	}
-	return WriteNew(certPath, encodeCert(ca.Certificate.Raw), 0o644)
+	return WriteNew(certPath, EncodeCertificate(ca.Certificate), 0o644)
 }
 
-// LoadCA reads the authority. Of a bundle, the certificate that belongs to the key signs.
-func LoadCA(certPath, keyPath string) (*CA, error) {
-	keyPEM, err := os.ReadFile(keyPath)
-	if err != nil {
-		if errors.Is(err, fs.ErrPermission) {
-			return nil, fmt.Errorf("%w: issuing a certificate needs the CA key: run it as root", err)
-		}
-		return nil, err
-	}
-	block, _ := pem.Decode(keyPEM)
+// ParseCA reads an authority: the PEM bundle of its certificates, and its key. Of the bundle, the certificate that belongs
+// to the key signs.
+func ParseCA(bundle, key []byte) (*CA, error) {
+	block, _ := pem.Decode(key)
 	if block == nil {
-		return nil, fmt.Errorf("%s: no PEM in it: restore it from a backup", keyPath)
+		return nil, errors.New("the CA key: no PEM in it: restore it from a backup")
 	}
 	parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", keyPath, err)
+		return nil, fmt.Errorf("the CA key: %w", err)
 	}
-	key, ok := parsed.(*ecdsa.PrivateKey)
+	signing, ok := parsed.(*ecdsa.PrivateKey)
 	if !ok {
-		return nil, fmt.Errorf("%s: a %T: the built-in CA has an ECDSA key", keyPath, parsed)
+		return nil, fmt.Errorf("the CA key is a %T: the built-in CA has an ECDSA key", parsed)
 	}
-	certs, err := ReadCertificates(certPath)
+	certs, err := parseCertificates(bundle)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("the CA's certificates: %w", err)
 	}
 	for _, c := range certs {
-		if key.PublicKey.Equal(c.PublicKey) {
-			return &CA{Certificate: c, key: key}, nil
+		if signing.PublicKey.Equal(c.PublicKey) {
+			return &CA{Certificate: c, Bundle: certs, key: signing}, nil
 		}
 	}
-	return nil, fmt.Errorf("%s: no certificate in it belongs to the key %s", certPath, keyPath)
+	return nil, errors.New("no certificate of the CA belongs to its key")
 }
 
 // ReadCertificates reads every certificate of a PEM file; a file with none is an error.
@@ -149,9 +144,9 @@ func parseCertificates(data []byte) (certs []*x509.Certificate, err error) {
 	return certs, nil
 }
 
-// IssueServer issues the gate's certificate for the server id (32 hexadecimal digits) and the endpoint's host, a name or
+// SignServer issues the gate's certificate for the server id (32 hexadecimal digits) and the endpoint's host, a name or
 // an address, for ServerValidity or until the authority ends.
-func (ca *CA) IssueServer(serverID, host string, now time.Time) (*Issued, error) {
+func (ca *CA) SignServer(key crypto.PublicKey, serverID, host string, now time.Time) (*x509.Certificate, error) {
 	template := &x509.Certificate{
 		Subject:     pkix.Name{CommonName: "perimeterd gate"},
 		DNSNames:    []string{serverID},
@@ -166,55 +161,73 @@ func (ca *CA) IssueServer(serverID, host string, now time.Time) (*Issued, error)
 	if template.NotAfter.After(ca.Certificate.NotAfter) {
 		template.NotAfter = ca.Certificate.NotAfter
 	}
-	return ca.issue(template, now)
+	return ca.sign(template, key, now)
 }
 
-// IssueClient issues a user's certificate for one device.
-func (ca *CA) IssueClient(user, device string, validity time.Duration, now time.Time) (*Issued, error) {
+// SignClient issues a user's certificate for one device, until end.
+func (ca *CA) SignClient(key crypto.PublicKey, user, device string, end, now time.Time) (*x509.Certificate, error) {
 	if err := CheckName("user", user); err != nil {
 		return nil, err
 	}
 	if err := CheckName("device", device); err != nil {
 		return nil, err
 	}
-	if validity <= 0 {
-		return nil, fmt.Errorf("validity %v of a certificate: want more than nothing", validity)
+	if !end.After(now) {
+		return nil, fmt.Errorf("validity %v of a certificate: want more than nothing", end.Sub(now))
 	}
-	end := now.Add(validity)
 	if end.After(ca.Certificate.NotAfter) {
 		return nil, fmt.Errorf("validity until %s is past the CA's own end on %s: choose a shorter one",
 			end.Format(time.DateOnly), ca.Certificate.NotAfter.Format(time.DateOnly))
 	}
-	return ca.issue(&x509.Certificate{
+	return ca.sign(&x509.Certificate{
 		Subject:     pkix.Name{CommonName: user, OrganizationalUnit: []string{device}},
 		NotAfter:    end,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
-	}, now)
+	}, key, now)
 }
 
-func (ca *CA) issue(template *x509.Certificate, now time.Time) (*Issued, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, err
-	}
+func (ca *CA) sign(template *x509.Certificate, key crypto.PublicKey, now time.Time) (*x509.Certificate, error) {
 	template.SerialNumber = serial()
 	template.NotBefore = now.Add(-backdate)
 	template.KeyUsage = x509.KeyUsageDigitalSignature
 	template.BasicConstraintsValid = true // and not a CA
-	der, err := x509.CreateCertificate(rand.Reader, template, ca.Certificate, key.Public(), ca.key)
+	der, err := x509.CreateCertificate(rand.Reader, template, ca.Certificate, key, ca.key)
 	if err != nil {
 		return nil, err
 	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		return nil, err
-	}
-	keyPEM, err := encodeKey(key)
-	if err != nil {
-		return nil, err
-	}
-	return &Issued{Certificate: encodeCert(der), Key: keyPEM, KeyHash: HashKey(cert), NotAfter: cert.NotAfter}, nil
+	return x509.ParseCertificate(der)
 }
+
+// IssueServer is SignServer with a new key.
+func (ca *CA) IssueServer(serverID, host string, now time.Time) (*Issued, error) {
+	return issue(func(key crypto.PublicKey) (*x509.Certificate, error) { return ca.SignServer(key, serverID, host, now) })
+}
+
+// IssueClient is SignClient with a new key.
+func (ca *CA) IssueClient(user, device string, validity time.Duration, now time.Time) (*Issued, error) {
+	return issue(func(key crypto.PublicKey) (*x509.Certificate, error) {
+		return ca.SignClient(key, user, device, now.Add(validity), now)
+	})
+}
+
+func issue(sign func(crypto.PublicKey) (*x509.Certificate, error)) (*Issued, error) {
+	key, err := NewKey()
+	if err != nil {
+		return nil, err
+	}
+	cert, err := sign(key.Public())
+	if err != nil {
+		return nil, err
+	}
+	text, err := EncodePrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	return &Issued{Certificate: EncodeCertificate(cert), Key: text, KeyHash: HashKey(cert), NotAfter: cert.NotAfter}, nil
+}
+
+// Validity is how long a certificate of SignClient was issued for.
+func Validity(c *x509.Certificate) time.Duration { return c.NotAfter.Sub(c.NotBefore) - backdate }
 
 // HashKey is the SHA-256 of a certificate's SubjectPublicKeyInfo.
 func HashKey(c *x509.Certificate) KeyHash { return sha256.Sum256(c.RawSubjectPublicKeyInfo) }
@@ -227,11 +240,16 @@ func serial() *big.Int {
 	return new(big.Int).SetBytes(b)
 }
 
-func encodeCert(der []byte) []byte {
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+// NewKey makes a private key as all of ours are: ECDSA on P-256.
+func NewKey() (*ecdsa.PrivateKey, error) { return ecdsa.GenerateKey(elliptic.P256(), rand.Reader) }
+
+// EncodeCertificate writes PEM.
+func EncodeCertificate(c *x509.Certificate) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})
 }
 
-func encodeKey(key *ecdsa.PrivateKey) ([]byte, error) {
+// EncodePrivateKey writes PEM, PKCS #8: a secret.
+func EncodePrivateKey(key *ecdsa.PrivateKey) ([]byte, error) {
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		return nil, err

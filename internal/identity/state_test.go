@@ -205,6 +205,10 @@ func TestAddRefusals(t *testing.T) {
 	if err != nil || u.Epoch != 1 {
 		t.Errorf("epoch %d, %v", u.Epoch, err)
 	}
+	// A key stands for one user.
+	if _, err := users.Add(sampleEnrolment("bob", "mac", 1), now); !errors.Is(err, ErrUserExists) || !strings.Contains(err.Error(), `user "alice": this key`) {
+		t.Errorf("another's key: %v", err)
+	}
 	// An expired device's name is free again.
 	late := sampleEnrolment("alice", "mac", 9)
 	late.NotAfter = now.Add(3 * time.Hour)
@@ -220,7 +224,7 @@ func TestConcurrentReadersAndWriters(t *testing.T) {
 		wg.Go(func() {
 			for i := range 10 {
 				name := string(rune('a'+w)) + string(rune('a'+i))
-				if _, err := users.Add(sampleEnrolment(name, "mac", byte(i)), now); err != nil {
+				if _, err := users.Add(sampleEnrolment(name, "mac", byte(10*w+i)), now); err != nil {
 					t.Error(err)
 				}
 				if _, err := users.Get(name); err != nil {

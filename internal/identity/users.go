@@ -119,9 +119,9 @@ func (s *Users) Add(e Enrolment, now time.Time) (u User, err error) {
 				return fmt.Errorf("user %q: device %q %w, valid until %s: name another with --device, or revoke this one first",
 					u.Name, d.Name, ErrUserExists, d.NotAfter.Format(time.DateOnly))
 			}
-			if d.Key == e.Key {
-				return fmt.Errorf("user %q: this key %w, as device %q: make a new one", u.Name, ErrUserExists, d.Name)
-			}
+		}
+		if err := unusedKey(tx, e.Key); err != nil {
+			return err
 		}
 		if len(u.Devices) >= maxDevices {
 			return fmt.Errorf("user %q: has had %d devices, the most there may be: use another name", u.Name, maxDevices)
@@ -133,6 +133,22 @@ func (s *Users) Add(e Enrolment, now time.Time) (u User, err error) {
 		return User{}, err
 	}
 	return u, nil
+}
+
+// unusedKey refuses a key that somebody has, or had, a certificate for: it stands for one certificate.
+func unusedKey(tx *bolt.Tx, key KeyHash) error {
+	return tx.Bucket(bucketUsers).ForEach(func(k, v []byte) error {
+		u, err := decode(k, v)
+		if err != nil {
+			return err
+		}
+		for _, d := range u.Devices {
+			if d.Key == key {
+				return fmt.Errorf("user %q: this key %w, as device %q: make a new one", u.Name, ErrUserExists, d.Name)
+			}
+		}
+		return nil
+	})
 }
 
 func (e *Enrolment) check(now time.Time) error {

@@ -178,7 +178,19 @@ type User struct {
 
 // NewUser imports a profile at a host.
 func (l *Lab) NewUser(ctx context.Context, ns *Namespace, profile string) (*User, error) {
-	u := &User{Home: filepath.Join(l.Dir, "home-"+strings.TrimSuffix(filepath.Base(profile), ".profile")), ns: ns}
+	u, err := l.NewHome(ns, strings.TrimSuffix(filepath.Base(profile), ".profile"))
+	if err != nil {
+		return nil, err
+	}
+	if out, err := u.VPN(ctx, "import", profile).CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("vpn import: %w\n%s", err, out)
+	}
+	return u, nil
+}
+
+// NewHome makes a user at a host who has no profile yet.
+func (l *Lab) NewHome(ns *Namespace, name string) (*User, error) {
+	u := &User{Home: filepath.Join(l.Dir, "home-"+name), ns: ns}
 	var err error
 	if u.knockBin, err = Bin("knock"); err != nil {
 		return nil, err
@@ -188,9 +200,6 @@ func (l *Lab) NewUser(ctx context.Context, ns *Namespace, profile string) (*User
 	}
 	if err := os.MkdirAll(filepath.Join(u.Home, "run"), 0o700); err != nil {
 		return nil, err
-	}
-	if out, err := u.VPN(ctx, "import", profile).CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("vpn import: %w\n%s", err, out)
 	}
 	return u, nil
 }

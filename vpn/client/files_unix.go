@@ -22,6 +22,15 @@ func checkPrivate(f *os.File) error {
 	return nil
 }
 
+// syncDir makes durable what was renamed in a directory.
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
 // errLocked: someone else holds the lock.
 var errLocked = errors.New("locked")
 

@@ -10,6 +10,9 @@ import (
 // checkPrivate: %AppData% is its owner's alone by inheritance.
 func checkPrivate(*os.File) error { return nil }
 
+// syncDir: NTFS journals a rename by itself.
+func syncDir(string) error { return nil }
+
 // errLocked: someone else holds the lock.
 var errLocked = errors.New("locked")
 

@@ -38,18 +38,19 @@ type Profile struct {
 	Version         int      `toml:"version"`
 	User            string   `toml:"user"`
 	Device          string   `toml:"device,omitempty"`
-	Endpoints       []string `toml:"endpoints"`              // the gate, host:port, TCP; tried in order
-	TunnelPort      uint16   `toml:"tunnel_port"`            // UDP: WireGuard and token knocks, on the endpoint's host
-	ServerID        string   `toml:"server_id"`              // 32 hexadecimal digits; also the name in the gate's certificate
-	ServerPublicKey string   `toml:"server_public_key"`      // base64, WireGuard
-	KnockSecret     string   `toml:"knock_secret,omitempty"` // base64, 32 bytes; empty: no token knock
-	KnockStep       string   `toml:"knock_step,omitempty"`   // e.g. "30s"
-	KnockWindow     string   `toml:"knock_window,omitempty"` // how long a knock opens the door, e.g. "60s"; empty: DefaultWindow
-	Sequence        []string `toml:"sequence,omitempty"`     // "7102", "19044/udp"
-	Egress          []string `toml:"egress"`                 // CIDRs that the cloud sees
-	CA              string   `toml:"ca,multiline"`           // PEM
-	Certificate     string   `toml:"certificate,multiline"`  // PEM
-	Key             string   `toml:"key,multiline"`          // PEM, PKCS #8
+	Endpoints       []string `toml:"endpoints"`               // the gate, host:port, TCP; tried in order
+	TunnelPort      uint16   `toml:"tunnel_port"`             // UDP: WireGuard and token knocks, on the endpoint's host
+	ServerID        string   `toml:"server_id"`               // 32 hexadecimal digits; also the name in the gate's certificate
+	ServerPublicKey string   `toml:"server_public_key"`       // base64, WireGuard
+	KnockSecret     string   `toml:"knock_secret,omitempty"`  // base64, 32 bytes; empty: no token knock
+	KnockStep       string   `toml:"knock_step,omitempty"`    // e.g. "30s"
+	KnockWindow     string   `toml:"knock_window,omitempty"`  // how long a knock opens the door, e.g. "60s"; empty: DefaultWindow
+	Sequence        []string `toml:"sequence,omitempty"`      // "7102", "19044/udp"
+	Egress          []string `toml:"egress"`                  // CIDRs that the cloud sees
+	CA              string   `toml:"ca,multiline"`            // PEM
+	Certificate     string   `toml:"certificate,multiline"`   // PEM
+	Key             string   `toml:"key,multiline,omitempty"` // PEM, PKCS #8; empty until Import joins it, where it was made by Enroll
+	KeyID           string   `toml:"key_id,omitempty"`        // of the key that is missing: SHA-256 of its public key, 64 hexadecimal digits
 
 	typed typed // what ParseProfile made of the texts above
 }
@@ -119,7 +120,7 @@ func ParseProfile(text []byte) (*Profile, error) {
 		}
 		return nil, errNotWhole
 	}
-	if p.Key == "" { // the last one written: a file cut off between two keys is good TOML
+	if p.Key == "" && p.KeyID == "" { // the last ones written: a file cut off between two keys is good TOML
 		return nil, fmt.Errorf("line %d: it ends without a key: %w", 1+bytes.Count(text, []byte("\n")), errNotWhole)
 	}
 	if err := p.decode(); err != nil {
@@ -168,6 +169,12 @@ func (p *Profile) decode() error {
 	p.typed.roots = x509.NewCertPool()
 	if !p.typed.roots.AppendCertsFromPEM([]byte(p.CA)) {
 		return errors.New("ca: no certificate in it: want the gate's CA in PEM")
+	}
+	if p.Key == "" {
+		return p.decodeKeyless()
+	}
+	if p.KeyID != "" {
+		return errors.New("key and key_id: want one of them: ask the operator for the profile again")
 	}
 	// A pair that does not match would only show at the gate, as a refused certificate.
 	if p.typed.identity, err = tls.X509KeyPair([]byte(p.Certificate), []byte(p.Key)); err != nil {
@@ -256,6 +263,9 @@ func LoadProfile(nameOrFile string) (*Profile, error) {
 	p, err := ParseProfile(text)
 	if err != nil {
 		return nil, fmt.Errorf("profile %s: %w", file, err)
+	}
+	if p.Key == "" {
+		return nil, fmt.Errorf("profile %s: its key is with who made the request: there, run: vpn import %s", file, shellQuote(file))
 	}
 	return p, nil
 }

@@ -11,6 +11,7 @@ import (
 
 	"filippo.io/age"
 	"filippo.io/age/armor"
+	"github.com/pelletier/go-toml/v2"
 )
 
 // Dir is where profiles and what belongs to them live: $XDG_CONFIG_HOME/perimeter or ~/.config/perimeter, and each
@@ -93,7 +94,10 @@ func writePrivate(file string, content []byte) error {
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	return os.Rename(f.Name(), file)
+	if err := os.Rename(f.Name(), file); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(file))
 }
 
 // maxWorkFactor is the hardest scrypt passphrase that Import takes on: 2^19 costs half a gigabyte for a second. age
@@ -137,6 +141,15 @@ func Import(src string, passphrase func() ([]byte, error), force bool) (*Profile
 		return nil, "", err
 	}
 	dst := filepath.Join(dir, p.Name()+".profile")
+	waiting := ""
+	if p.Key == "" {
+		if p, waiting, err = p.join(dir, dst); err == nil {
+			text, err = toml.Marshal(p)
+		}
+		if err != nil {
+			return nil, "", fmt.Errorf("profile %s: %w", src, err)
+		}
+	}
 	old, err := os.ReadFile(dst)
 	switch {
 	case err == nil && bytes.Equal(old, text):
@@ -146,7 +159,11 @@ func Import(src string, passphrase func() ([]byte, error), force bool) (*Profile
 	case err != nil && !errors.Is(err, os.ErrNotExist):
 		return nil, "", err
 	}
-	return p, dst, writePrivate(dst, text)
+	err = writePrivate(dst, text)
+	if err == nil && waiting != "" { // it is in the profile now
+		err = os.Remove(waiting)
+	}
+	return p, dst, err
 }
 
 const ageIntro = "age-encryption.org/v1\n"

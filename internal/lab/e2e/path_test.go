@@ -26,9 +26,14 @@ const cloudName = "s3.us-east-1.amazonaws.com"
 
 func newStage(t *testing.T, o lab.Options, settings ...lab.Setting) *stage {
 	t.Helper()
+	return newStageIn(t, lab.Start(t, o), settings...)
+}
+
+func newStageIn(t *testing.T, l *lab.Lab, settings ...lab.Setting) *stage {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	t.Cleanup(cancel)
-	s := &stage{Lab: lab.Start(t, o), t: t, ctx: ctx}
+	s := &stage{Lab: l, t: t, ctx: ctx}
 	var err error
 	if s.cloud, err = s.StartCloud(lab.CloudOptions{Names: []string{cloudName, "evil.example.com", "*.elb.amazonaws.com"}}); err != nil {
 		t.Fatal(err)

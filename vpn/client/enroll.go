@@ -1,0 +1,196 @@
+package client
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// Enrolment is a key that was made here and waits for its certificate.
+type Enrolment struct {
+	Name    string // user, or user-device
+	Key     string // its file in Dir, 0600
+	KeyID   string // SHA-256 of the public key, hexadecimal, for people to compare
+	Request []byte // for the operator, PEM: no secret
+	Fresh   bool   // the key was made by this call, and did not wait already
+}
+
+// Enroll makes a key, and a request for its certificate. A key that waits already is asked for again.
+func Enroll(user, device string) (*Enrolment, error) {
+	for what, name := range map[string]string{"user": user, "device": device} {
+		if name != "" && !safeName(name) || what == "user" && name == "" {
+			return nil, fmt.Errorf("%s %q: want 1 to 64 letters, digits and . _ @ + -, not beginning with . or -", what, name)
+		}
+	}
+	dir, err := makeDir()
+	if err != nil {
+		return nil, err
+	}
+	e := &Enrolment{Name: (&Profile{User: user, Device: device}).Name()}
+	e.Key = filepath.Join(dir, e.Name+".key")
+	key, err := readKey(e.Key)
+	if errors.Is(err, os.ErrNotExist) {
+		e.Fresh = true
+		key, err = newKey(e.Key)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if e.KeyID, err = keyID(key.Public()); err != nil {
+		return nil, err
+	}
+	subject := pkix.Name{CommonName: user}
+	if device != "" {
+		subject.OrganizationalUnit = []string{device}
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: subject}, key)
+	if err != nil {
+		return nil, err
+	}
+	e.Request = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der})
+	return e, nil
+}
+
+// newKey keeps a new private key in a file that is not there yet.
+func newKey(file string) (crypto.Signer, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	text, err := encodeKey(key)
+	if err != nil {
+		return nil, err
+	}
+	return key, writePrivate(file, text)
+}
+
+func encodeKey(key crypto.Signer) ([]byte, error) {
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
+}
+
+func readKey(file string) (crypto.Signer, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if err := checkPrivate(f); err != nil {
+		return nil, fmt.Errorf("%s: %w: run: chmod 600 %s", file, err, shellQuote(file))
+	}
+	text, err := readBounded(f)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	key, err := parsePrivateKey(text)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w: remove it, and enroll again", file, err)
+	}
+	return key, nil
+}
+
+// parsePrivateKey never has the key's text in its errors.
+func parsePrivateKey(text []byte) (crypto.Signer, error) {
+	block, _ := pem.Decode(text)
+	if block == nil {
+		return nil, errors.New("no private key in it")
+	}
+	parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, errors.New("no private key in PKCS #8")
+	}
+	key, ok := parsed.(crypto.Signer)
+	if !ok {
+		return nil, fmt.Errorf("a %T, which signs nothing", parsed)
+	}
+	return key, nil
+}
+
+func keyID(public crypto.PublicKey) (string, error) {
+	der, err := x509.MarshalPKIXPublicKey(public)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.Sum256(der)
+	return hex.EncodeToString(sum[:]), nil
+}
+
+// decodeKeyless checks a profile whose key is elsewhere.
+func (p *Profile) decodeKeyless() error {
+	block, _ := pem.Decode([]byte(p.Certificate))
+	if block == nil {
+		return errors.New("certificate: no PEM in it")
+	}
+	leaf, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return fmt.Errorf("certificate: %w", err)
+	}
+	id, err := keyID(leaf.PublicKey)
+	if err != nil {
+		return fmt.Errorf("certificate: %w", err)
+	}
+	if id != p.KeyID {
+		return fmt.Errorf("key_id = %q: the certificate's key is %s: ask the operator for the profile again", p.KeyID, id)
+	}
+	p.typed.identity.Leaf = leaf
+	return nil
+}
+
+// join finds the profile's key, among those that wait in dir and in the profile that has its place already, and returns
+// the whole, and the file where the key waited.
+func (p *Profile) join(dir, kept string) (whole *Profile, waiting string, err error) {
+	files, err := filepath.Glob(filepath.Join(dir, "*.key"))
+	if err != nil {
+		return nil, "", err
+	}
+	var others []string
+	try := func(key crypto.Signer) (*Profile, error) {
+		if id, err := keyID(key.Public()); err != nil || id != p.KeyID {
+			return nil, err
+		}
+		text, err := encodeKey(key)
+		if err != nil {
+			return nil, err
+		}
+		q := *p
+		q.Key, q.KeyID, q.typed = string(text), "", typed{}
+		return &q, q.decode()
+	}
+	for _, file := range files {
+		key, err := readKey(file)
+		if err != nil {
+			return nil, "", err
+		}
+		if whole, err := try(key); whole != nil || err != nil {
+			return whole, file, err
+		}
+		others = append(others, strings.TrimSuffix(filepath.Base(file), ".key"))
+	}
+	if text, err := os.ReadFile(kept); err == nil {
+		if old, err := ParseProfile(text); err == nil && old.Key != "" {
+			if whole, err := try(old.typed.identity.PrivateKey.(crypto.Signer)); whole != nil || err != nil {
+				return whole, "", err
+			}
+		}
+	}
+	hint := "no key waits here"
+	if len(others) > 0 {
+		hint = fmt.Sprintf("the keys that wait here are others, made for %s", strings.Join(others, ", "))
+	}
+	return nil, "", fmt.Errorf("it is for the key %s, which `vpn enroll` made elsewhere or for somebody else; %s: "+
+		"import it on that machine, as that user, or begin again: vpn enroll %s", p.KeyID, hint, p.User)
+}
