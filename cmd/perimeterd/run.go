@@ -174,6 +174,10 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	if err != nil {
 		return err
 	}
+	orphans, err := door.Connections(cfg.Proxy.Listen)
+	if err := errors.Join(err, proxy.CutOrphans(cfg.Proxy.Listen, orphans)); err != nil {
+		log.Warn("clients of an earlier run are not told that their connections are gone", "err", err)
+	}
 
 	operations := &control.Operations{Users: users, Sessions: store, Now: time.Now, Log: log,
 		UserChanged: access.userChanged,
@@ -200,7 +204,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	if cfg.Knock.Tokens {
 		g.Go(func() error { return tokens.Run(ctx) })
 	}
-	g.Go(func() error { return tunnel.Run(ctx) })
+	g.Go(func() error { return tunnel.Run(ctx, store.Note) })
 	g.Go(func() error { return api.Run(ctx, gates...) })
 	g.Go(func() error { return forward.Run(ctx, inner) })
 	g.Go(func() error { return expire(ctx, store) })
