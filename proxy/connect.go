@@ -25,6 +25,7 @@ func (s *Server) connect(l *link, h head, src *source) {
 		s.refuse(l, a, h, "", err)
 		return
 	}
+	cutWithUs(t.server)
 	fail := func(why Reason) { // after the 200, or without anybody to hear
 		src.release()
 		l.end(why)

@@ -288,6 +288,12 @@ func (c *plainConn) Read(b []byte) (int, error) {
 	return n, nil
 }
 
+// Close implements net.Conn. A link that has ended is closed already, with its reset.
+func (c *plainConn) Close() error {
+	finish(c.link.client)
+	return nil
+}
+
 // deliver gives bytes of a body, from pending first.
 func (c *plainConn) deliver(b []byte) (int, error) {
 	if c.body > 0 && int64(len(b)) > c.body && !c.bare.Load() {

@@ -160,6 +160,7 @@ func (s *Server) serve(c *net.TCPConn) {
 
 // admit ties a connection to the session that holds its address. It returns nil when there is none.
 func (s *Server) admit(c *net.TCPConn) *link {
+	cutWithUs(c)
 	l := &link{source: remote(c), client: c, began: time.Now()}
 	holder, ok := s.sessions.ByAddress(l.source.Addr())
 	if !ok {

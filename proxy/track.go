@@ -75,7 +75,7 @@ func (l *link) detach() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.server != nil {
-		l.server.Close()
+		finish(l.server)
 	}
 	l.server, l.current = nil, nil
 }
@@ -104,9 +104,9 @@ func (l *link) close() {
 		return
 	}
 	l.ended = Closed
-	l.client.Close()
+	finish(l.client)
 	if l.server != nil {
-		l.server.Close()
+		finish(l.server)
 	}
 }
 
@@ -140,6 +140,16 @@ func (l *link) stale(now time.Time, idle, lifetime time.Duration) Reason {
 		return Idle
 	}
 	return ""
+}
+
+// cutWithUs makes the kernel reset c if this process dies: with FIN, half of a file would look like the whole. It is to be
+// closed by finish then, or what is queued is lost.
+func cutWithUs(c *net.TCPConn) { c.SetLinger(0) }
+
+// finish closes c after what is queued.
+func finish(c *net.TCPConn) {
+	c.SetLinger(-1)
+	c.Close()
 }
 
 // reset closes c with RST and drops what is queued: nobody may take what they have received for whole.

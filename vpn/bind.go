@@ -5,7 +5,6 @@ import (
 	"net"
 	"net/netip"
 	"sync"
-	"sync/atomic"
 
 	"golang.zx2c4.com/wireguard/conn"
 )
@@ -16,9 +15,8 @@ import (
 // Contract with the device (golang.zx2c4.com/wireguard/conn.Bind): Send never blocks on anything but the UDP socket, and
 // receive functions return only net.ErrClosed, since any other error ends the device's receiver for good.
 type Bind struct {
-	udp        conn.Bind
-	in         chan injected
-	handshakes atomic.Uint64
+	udp conn.Bind
+	in  chan injected
 
 	mu     sync.Mutex
 	closed chan struct{} // nil while closed
@@ -86,14 +84,8 @@ func (b *Bind) Send(bufs [][]byte, ep conn.Endpoint) error {
 		f.take(bufs)
 		return nil
 	}
-	if len(bufs[0]) == ResponseSize && bufs[0][0] == 2 {
-		b.handshakes.Add(1)
-	}
 	return b.udp.Send(bufs, ep)
 }
-
-// Handshakes counts handshake responses sent by UDP. When it moves, some peer's endpoint may have.
-func (b *Bind) Handshakes() uint64 { return b.handshakes.Load() }
 
 // ErrBusy is returned when the device does not take injected datagrams as fast as they come.
 var ErrBusy = errors.New("the tunnel takes no more handshakes now")

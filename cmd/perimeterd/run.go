@@ -188,6 +188,10 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	if err != nil {
 		return err
 	}
+	orphans, err := door.Connections(cfg.Proxy.Listen)
+	if err := errors.Join(err, proxy.CutOrphans(cfg.Proxy.Listen, orphans)); err != nil {
+		log.Warn("clients of an earlier run are not told that their connections are gone", "err", err)
+	}
 
 	changes := &changes{log: log, meta: meta, door: access, good: cfg, rest: func(c *configs.Config) error { return forward.Reload(c.Proxy) }}
 	operations := &control.Operations{Users: users, Sessions: store, Now: time.Now, Log: log,
@@ -218,7 +222,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	if cfg.Knock.Tokens {
 		g.Go(func() error { return tokens.Run(ctx) })
 	}
-	g.Go(func() error { return tunnel.Run(ctx) })
+	g.Go(func() error { return tunnel.Run(ctx, store.Note) })
 	g.Go(func() error { return api.Run(ctx, gates...) })
 	g.Go(func() error { return forward.Run(ctx, inner) })
 	g.Go(func() error { return expire(ctx, store) })

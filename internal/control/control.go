@@ -55,6 +55,9 @@ type Session struct {
 	Created     time.Time  `json:"created"`
 	Expires     time.Time  `json:"expires"`
 	PostQuantum bool       `json:"post_quantum"`
+	// Endpoint and Handshake are of the last handshake, as far as it is noted.
+	Endpoint  netip.AddrPort `json:"endpoint,omitzero"`
+	Handshake time.Time      `json:"handshake,omitzero"`
 }
 
 // Status is the daemon in one look.
@@ -183,7 +186,7 @@ func (o *Operations) sessions() []Session {
 	all := o.Sessions.List()
 	list := make([]Session, len(all))
 	for i, s := range all {
-		list[i] = Session{s.ID, s.User, s.Device, append([]string{}, s.Groups...), s.Address, s.Outer, s.Created, s.Expires, s.PostQuantum}
+		list[i] = Session{s.ID, s.User, s.Device, append([]string{}, s.Groups...), s.Address, s.Outer, s.Created, s.Expires, s.PostQuantum, s.Seen.Endpoint, s.Seen.Handshake}
 	}
 	return list
 }

@@ -191,6 +191,38 @@ func erase(tx *bolt.Tx, s Session) error {
 	return tx.Bucket(bucketKeys).Put(s.PublicKey[:], append(s.Certificate[:], 1))
 }
 
+// Note implements Store. It does not hold change over the write, which would delay an end.
+func (b *Bolt) Note(seen map[ID]Seen) error {
+	records := make(map[ID][]byte, len(seen))
+	b.index.Lock()
+	for id, at := range seen {
+		s, live := b.byID[id]
+		if !live {
+			continue
+		}
+		s.Seen = at
+		record, err := json.Marshal(s)
+		if err != nil {
+			b.index.Unlock()
+			return err
+		}
+		b.byID[id], records[id] = s, record
+	}
+	b.index.Unlock()
+	return b.db.Update(func(tx *bolt.Tx) error {
+		bucket := tx.Bucket(bucketSessions)
+		for id, record := range records {
+			if bucket.Get(id[:]) == nil { // ended since
+				continue
+			}
+			if err := bucket.Put(id[:], record); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
 // Get implements Store.
 func (b *Bolt) Get(id ID) (Session, bool) {
 	b.index.RLock()

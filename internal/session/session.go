@@ -56,6 +56,14 @@ type Session struct {
 	Created      time.Time
 	Expires      time.Time
 	PostQuantum  bool // whether the preshared key travelled under a post-quantum key exchange
+	Seen         Seen // as last noted; zero: its client has not proven its key yet
+}
+
+// Seen is where a session's client was when it last completed a handshake.
+type Seen struct {
+	Endpoint  netip.AddrPort // outer, UDP
+	Handshake time.Time
+	Stamp     [12]byte // of the latest handshake initiation from it, TAI64N: one that is no later is a replay
 }
 
 // Reason says why a session ended.
@@ -98,6 +106,9 @@ type Store interface {
 	// End ends a live session, durably. Errors: ErrNotFound, or of the medium; a session whose end could not be written
 	// is ended in memory all the same (closed is the failure mode).
 	End(ID, Reason) error
+	// Note remembers where clients were seen, so that their tunnels come back after a restart. It is no event, and passes over
+	// sessions that ended meanwhile. Errors: of the medium; what was noted is seen by readers all the same.
+	Note(map[ID]Seen) error
 	// Get, ByAddress and List see live sessions only. They never block on the medium.
 	Get(ID) (Session, bool)
 	ByAddress(netip.Addr) (Session, bool)

@@ -23,6 +23,7 @@ import (
 	"testing"
 	"time"
 
+	bolt "go.etcd.io/bbolt"
 	"golang.org/x/crypto/curve25519"
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun/tuntest"
@@ -85,7 +86,38 @@ type bench struct {
 	door     *openDoor
 	address  string
 	serverWG [32]byte
+	private  [32]byte
+	cfg      Config
+	db       *bolt.DB
+	log      *slog.Logger
+	stop     func() // of the tunnel
 	now      func() time.Time
+}
+
+// startTunnel puts a tunnel behind the store, as a start of the daemon does.
+func (b *bench) startTunnel() {
+	b.t.Helper()
+	var err error
+	if b.store, err = session.OpenBolt(b.db, time.Now()); err != nil {
+		b.t.Fatal(err)
+	}
+	b.tun = tuntest.NewChannelTUN()
+	if b.tunnel, err = NewTunnel(b.cfg, b.private, b.tun.TUN(), b.door, b.log); err != nil {
+		b.t.Fatal(err)
+	}
+	b.store.Watch(b.tunnel.SessionEvent)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	tunnel, store := b.tunnel, b.store
+	go func() { done <- tunnel.Run(ctx, store.Note) }()
+	b.stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-done; err != nil {
+			b.t.Error(err)
+		}
+		tunnel.Close()
+	})
+	b.t.Cleanup(b.stop)
 }
 
 func keyPair(t testing.TB) (private, public [32]byte) {
@@ -102,7 +134,7 @@ func newBench(t *testing.T, change func(*Config)) *bench {
 	t.Helper()
 	dir := t.TempDir()
 	b := &bench{t: t, door: &openDoor{admitted: map[netip.Addr]time.Time{}, peers: map[netip.AddrPort]time.Time{}}, caFile: filepath.Join(dir, "ca.crt"), now: time.Now}
-	log := slog.New(slog.NewTextHandler(t.Output(), nil))
+	b.log = slog.New(slog.NewTextHandler(t.Output(), nil))
 	must := func(err error) {
 		t.Helper()
 		if err != nil {
@@ -117,42 +149,32 @@ func newBench(t *testing.T, change func(*Config)) *bench {
 	must(err)
 	cert, err := tls.X509KeyPair(issued.Certificate, issued.Key)
 	must(err)
-	db, err := identity.OpenState(filepath.Join(dir, "state.db"))
+	b.db, err = identity.OpenState(filepath.Join(dir, "state.db"))
 	must(err)
-	t.Cleanup(func() { db.Close() })
-	b.users = identity.NewUsers(db)
-	b.store, err = session.OpenBolt(db, time.Now())
-	must(err)
+	t.Cleanup(func() { b.db.Close() })
+	b.users = identity.NewUsers(b.db)
 	verifier, err := identity.NewVerifier(b.caFile, b.users, func() time.Time { return b.now() })
 	must(err)
-	var private [32]byte
-	private, b.serverWG = keyPair(t)
-	cfg := Config{Endpoint: "198.18.1.1:1194", Network: netip.MustParsePrefix("10.77.0.0/16"), MTU: 1420, Keepalive: 25 * time.Second,
+	b.private, b.serverWG = keyPair(t)
+	b.cfg = Config{Endpoint: "198.18.1.1:1194", Network: netip.MustParsePrefix("10.77.0.0/16"), MTU: 1420, Keepalive: 25 * time.Second,
 		Max: 12 * time.Hour, Limit: 100, Devices: 2, Proxy: netip.MustParseAddrPort("10.77.0.1:3128"), Console: netip.MustParseAddrPort("10.77.0.1:80")}
 	if change != nil {
-		change(&cfg)
+		change(&b.cfg)
 	}
-	b.tun = tuntest.NewChannelTUN()
-	b.tunnel, err = NewTunnel(cfg, private, b.tun.TUN(), b.door, log)
+	b.startTunnel()
+	g, err := New(b.cfg, func(netip.Addr) bool { return false }, b.serverWG, cert, verifier, b.store, b.tunnel, b.log)
 	must(err)
-	t.Cleanup(b.tunnel.Close)
-	g, err := New(cfg, func(netip.Addr) bool { return false }, b.serverWG, cert, verifier, b.store, b.tunnel, log)
-	must(err)
-	b.store.Watch(b.tunnel.SessionEvent)
 	b.store.Watch(g.SessionEvent)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(err)
 	b.address = l.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 2)
+	done := make(chan error, 1)
 	go func() { done <- g.Run(ctx, l) }()
-	go func() { done <- b.tunnel.Run(ctx) }()
 	t.Cleanup(func() {
 		cancel()
-		for range 2 {
-			if err := <-done; err != nil {
-				t.Error(err)
-			}
+		if err := <-done; err != nil {
+			t.Error(err)
 		}
 	})
 	return b

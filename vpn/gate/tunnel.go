@@ -2,6 +2,7 @@ package gate
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"golang.org/x/crypto/curve25519"
+	"golang.org/x/time/rate"
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
 
@@ -35,21 +37,28 @@ type Door interface {
 type Tunnel struct {
 	keys  [2][32]byte // private, public
 	dev   *device.Device
-	bind  *vpn.Bind
+	bind  *watched
 	inner *admitting
 	door  Door
 	log   *slog.Logger
 	wake  chan struct{} // a session was admitted: its endpoint is known now
 
 	offered []Service
+	reading *rate.Limiter // of initiations
 
-	mu    sync.Mutex // also over what is told the door of endpoints, so that it never gets there in another order
-	peers map[session.Key]*peer
+	mu     sync.Mutex // also over what is told the door of endpoints, so that it never gets there in another order
+	peers  map[session.Key]*peer
+	back   []*peer // of sessions that came back, whose handshake is the server's to begin
+	barred int     // peers with initiations barred
 }
 
 type peer struct {
 	session  session.Session
 	endpoint netip.AddrPort // as last written to the door
+	shared   [32]byte       // secret of its static key and ours
+	stamp    [12]byte       // of its latest initiation
+	barred   [12]byte       // no initiation up to this one: replays, of before a restart
+	noted    session.Seen
 }
 
 // NewTunnel starts WireGuard on a TUN device. The private key is the server's static one.
@@ -58,7 +67,9 @@ func NewTunnel(cfg Config, private session.Key, dev tun.Device, door Door, log *
 	if err != nil {
 		return nil, fmt.Errorf("the tunnel's private key: %w", err)
 	}
-	t := &Tunnel{keys: [2][32]byte{private, [32]byte(public)}, bind: vpn.NewBind(), door: door, log: log, offered: cfg.Services, wake: make(chan struct{}, 1), peers: map[session.Key]*peer{}}
+	t := &Tunnel{keys: [2][32]byte{private, [32]byte(public)}, bind: &watched{Bind: vpn.NewBind()}, door: door, log: log, offered: cfg.Services,
+		wake: make(chan struct{}, 1), peers: map[session.Key]*peer{}, reading: rate.NewLimiter(readRate, readBurst)}
+	t.bind.heed = t.heed
 	t.inner = &admitting{Device: dev, admit: t.admit, pending: map[[4]byte]session.Session{}}
 	quiet := &device.Logger{Verbosef: device.DiscardLogf, Errorf: func(format string, args ...any) {
 		log.Debug("wireguard: " + fmt.Sprintf(format, args...))
@@ -94,13 +105,37 @@ func (t *Tunnel) SessionEvent(e session.Event) {
 }
 
 func (t *Tunnel) add(s session.Session) {
+	p := &peer{session: s, stamp: s.Seen.Stamp, barred: s.Seen.Stamp, noted: s.Seen}
+	if shared, err := curve25519.X25519(t.keys[0][:], s.PublicKey[:]); err == nil { // else no stamp opens
+		p.shared = [32]byte(shared)
+	}
+	now := time.Now()
+	age := now.Sub(s.Seen.Handshake)
+	back := s.Seen.Endpoint.IsValid() && age >= 0 && age < keysLife
 	t.mu.Lock()
-	t.peers[s.PublicKey] = &peer{session: s}
+	t.peers[s.PublicKey] = p
+	if p.barred != ([12]byte{}) {
+		t.barred++
+	}
 	t.mu.Unlock()
-	t.inner.expect(s)
-	err := t.dev.IpcSet(fmt.Sprintf("public_key=%x\npreshared_key=%x\nreplace_allowed_ips=true\nallowed_ip=%s/32\n", s.PublicKey, s.PresharedKey, s.Address))
-	if err != nil { // IpcSet's errors quote no values
+	// Who has proven his key before a restart need not do it again: until he sends something, what the host sends him would
+	// be dropped.
+	if s.Seen.Handshake.IsZero() || t.let(s) != nil {
+		t.inner.expect(s)
+	}
+	config := fmt.Sprintf("public_key=%x\npreshared_key=%x\nreplace_allowed_ips=true\nallowed_ip=%s/32\n", s.PublicKey, s.PresharedKey, s.Address)
+	if back {
+		config += fmt.Sprintf("endpoint=%v\n", s.Seen.Endpoint)
+	}
+	if err := t.dev.IpcSet(config); err != nil { // IpcSet's errors quote no values
 		t.log.Error("peer not added", "session", s.ID, "user", s.User, "err", err)
+		return
+	}
+	if back {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.moveLocked(p, s.Seen.Endpoint, endpointEnd(s, s.Seen.Handshake, now))
+		t.back = append(t.back, p)
 	}
 }
 
@@ -117,6 +152,9 @@ func (t *Tunnel) remove(s session.Session) {
 	if p := t.peers[s.PublicKey]; p != nil {
 		t.moveLocked(p, netip.AddrPort{}, time.Time{})
 		delete(t.peers, s.PublicKey)
+		if p.barred != ([12]byte{}) {
+			t.barred--
+		}
 	}
 }
 
@@ -145,8 +183,7 @@ func (t *Tunnel) moveLocked(p *peer, to netip.AddrPort, until time.Time) {
 // admit runs on the first packet of a pending session, before the packet goes on. A packet whose address cannot be
 // admitted is dropped by the table, and the next one tries again.
 func (t *Tunnel) admit(s session.Session) bool {
-	if err := t.door.Admit(s.Address, t.services(s.Groups), s.Expires); err != nil {
-		t.log.Error("address not admitted", "session", s.ID, "address", s.Address, "err", err)
+	if t.let(s) != nil {
 		return false
 	}
 	t.log.Info("session admitted", "session", s.ID, "user", s.User, "address", s.Address)
@@ -155,6 +192,14 @@ func (t *Tunnel) admit(s session.Session) bool {
 	default:
 	}
 	return true
+}
+
+func (t *Tunnel) let(s session.Session) error {
+	err := t.door.Admit(s.Address, t.services(s.Groups), s.Expires)
+	if err != nil {
+		t.log.Error("address not admitted", "session", s.ID, "address", s.Address, "err", err)
+	}
+	return err
 }
 
 // services are the ports of the host that a member of these groups reaches.
@@ -173,12 +218,12 @@ const handshakeWait = 500 * time.Millisecond
 // Handshake lets the device answer an initiation that came in a request of outer, and returns its response; nil where
 // the initiation is not one of the key given for this server's, is a replay, or the device is under load. Another peer's
 // initiation goes no further: it would move that peer's endpoint to this request.
-func (t *Tunnel) Handshake(ctx context.Context, key session.Key, initiation []byte, outer netip.AddrPort) []byte {
-	if from, ok := initiator(initiation, t.keys[0], t.keys[1]); !ok || from != key {
+func (t *Tunnel) Handshake(ctx context.Context, key session.Key, message []byte, outer netip.AddrPort) []byte {
+	if i, ok := openInitiation(message, t.keys[0], t.keys[1]); !ok || i.static != key {
 		return nil
 	}
 	flight := vpn.NewFlight(outer)
-	if err := t.bind.Inject(initiation, flight); err != nil {
+	if err := t.bind.Inject(message, flight); err != nil {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, handshakeWait)
@@ -193,20 +238,98 @@ func (t *Tunnel) Handshake(ctx context.Context, key session.Key, initiation []by
 	return nil
 }
 
+// Initiations read in a second; a session makes one in two minutes. It bounds what somebody with a window costs the reader
+// of the socket.
+const (
+	readRate  = 500
+	readBurst = 1000
+)
+
+// heed reads an initiation before the device gets it, and notes its stamp. A device knows no stamps of before its start: a
+// handshake that was recorded then would move a session's endpoint to who replays it. False: such a replay. What is not
+// read, since too many come, passes where there is nothing to compare it with.
+func (t *Tunnel) heed(message []byte) bool {
+	if !t.reading.Allow() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		return t.barred == 0
+	}
+	i, ok := openInitiation(message, t.keys[0], t.keys[1])
+	if !ok {
+		return true // it is the device's to refuse
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	p := t.peers[i.static]
+	if p == nil {
+		return true
+	}
+	stamp, ok := i.stamp(p.shared)
+	if !ok {
+		return true
+	}
+	if bytes.Compare(stamp[:], p.barred[:]) <= 0 {
+		return false
+	}
+	if bytes.Compare(stamp[:], p.stamp[:]) > 0 {
+		p.stamp = stamp
+	}
+	return true
+}
+
 // endpointLife is how long an endpoint may send without a window after its last handshake: WireGuard repeats handshakes
 // every two minutes and gives up on keys after three.
-const endpointLife = 5 * time.Minute
+const (
+	endpointLife = 5 * time.Minute
+	keysLife     = 3 * time.Minute
+)
 
-// Run keeps the door's peers at the endpoints of the handshakes, until ctx ends. Asking the device for its peers costs
-// some 2 µs each, so it asks only when a handshake was answered, and at most once a second.
-func (t *Tunnel) Run(ctx context.Context) error {
-	tick := time.NewTicker(time.Second)
+// endpointEnd is when an endpoint needs a window again. A clock that was set back since the handshake adds nothing.
+func endpointEnd(s session.Session, handshake, now time.Time) time.Time {
+	until := handshake.Add(endpointLife)
+	if most := now.Add(endpointLife); most.Before(until) {
+		until = most
+	}
+	if s.Expires.Before(until) {
+		until = s.Expires
+	}
+	return until
+}
+
+// resumePace is between two handshakes that the server begins after a restart: their responses must not take the device's
+// queue of handshakes to where it wants cookies, an eighth of a thousand.
+const resumePace = time.Millisecond
+
+// Run keeps the door's peers at the endpoints of the handshakes, and gives note what must be known after a restart, until
+// ctx ends. Asking the device for its peers costs some 2 µs each, so it asks only when a handshake was answered, and at most
+// once a second. First it begins the handshakes of sessions that came back, or their clients, who know of no restart, would
+// wait for 15 s before they begin one.
+func (t *Tunnel) Run(ctx context.Context, note func(map[session.ID]session.Seen) error) error {
+	tick, pace := time.NewTicker(time.Second), time.NewTicker(resumePace)
 	defer tick.Stop()
+	defer pace.Stop()
+	t.mu.Lock()
+	back := t.back
+	t.back = nil
+	t.mu.Unlock()
+	// Who was there last is most likely to be there still.
+	slices.SortFunc(back, func(a, b *peer) int { return b.session.Seen.Handshake.Compare(a.session.Seen.Handshake) })
 	var seen uint64
+	failed := ""
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-pace.C:
+			if len(back) == 0 {
+				pace.Stop()
+				continue
+			}
+			if p := t.dev.LookupPeer(device.NoisePublicKey(back[0].session.PublicKey)); p != nil {
+				_ = p.SendHandshakeInitiation(false) // the device repeats it
+			}
+			back = back[1:]
+			continue
 		case <-t.wake:
 		case <-tick.C:
 			n := t.bind.Handshakes()
@@ -220,24 +343,48 @@ func (t *Tunnel) Run(ctx context.Context) error {
 			t.log.Error("endpoints of the tunnel not read", "err", err)
 			continue
 		}
-		t.follow(endpoints, time.Now())
+		changed := t.follow(endpoints, time.Now())
+		if len(changed) == 0 {
+			continue
+		}
+		if err := note(changed); err != nil {
+			seen = 0 // again at the next tick
+			if failed != err.Error() {
+				failed = err.Error()
+				t.log.Error("endpoints of sessions not written: after a restart their clients must begin", "err", err)
+			}
+			continue
+		}
+		failed = ""
+		t.noted(changed)
 	}
 }
 
-// follow writes endpoints to the door.
-func (t *Tunnel) follow(endpoints map[session.Key]status, now time.Time) {
+// follow writes endpoints to the door, and returns what is not noted of them.
+func (t *Tunnel) follow(endpoints map[session.Key]status, now time.Time) map[session.ID]session.Seen {
+	changed := map[session.ID]session.Seen{}
 	for key, e := range endpoints {
 		t.mu.Lock()
 		if p := t.peers[key]; p != nil {
-			until := e.handshake.Add(endpointLife)
-			if p.session.Expires.Before(until) {
-				until = p.session.Expires
-			}
-			if until.After(now) {
+			if until := endpointEnd(p.session, e.handshake, now); until.After(now) {
 				t.moveLocked(p, e.endpoint, until)
+			}
+			if seen := (session.Seen{Endpoint: e.endpoint, Handshake: e.handshake, Stamp: p.stamp}); seen != p.noted {
+				changed[p.session.ID] = seen
 			}
 		}
 		t.mu.Unlock()
+	}
+	return changed
+}
+
+func (t *Tunnel) noted(changed map[session.ID]session.Seen) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, p := range t.peers {
+		if seen, ok := changed[p.session.ID]; ok {
+			p.noted = seen
+		}
 	}
 }
 
@@ -280,7 +427,7 @@ func (t *Tunnel) endpoints() (map[session.Key]status, error) {
 		case "last_handshake_time_sec":
 			var sec int64
 			if _, err := fmt.Sscan(value, &sec); err == nil && sec > 0 {
-				s.handshake = time.Unix(sec, 0)
+				s.handshake = time.Unix(sec, 0).UTC()
 			}
 		}
 	}

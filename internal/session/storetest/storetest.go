@@ -34,6 +34,7 @@ func Run(t *testing.T, medium Medium) {
 		{"AddressOfALiveSessionIsRefused", addressTaken},
 		{"RefusedPutChangesNothing", refusedPut},
 		{"ReopenKeepsLiveSessionsOnly", reopen},
+		{"NoteIsKeptIsNoEventAndRevivesNobody", note},
 		{"WatchReplaysLiveSessionsThenEveryChangeInOrder", watch},
 		{"WatcherSeesTheStoreAfterTheChange", watcherReads},
 		{"ExpireEndsWhatIsDueAndNamesTheNext", expire},
@@ -207,6 +208,24 @@ func reopen(t *testing.T, open func(time.Time) session.Store) {
 	again.PublicKey = short.PublicKey
 	wantErr(t, "key of the expired one", st.Put(again), session.ErrKeyUsed)
 	wantList(t, open(start), live)
+}
+
+func note(t *testing.T, open func(time.Time) session.Store) {
+	st := open(start)
+	a, b := sample(1, 1), sample(2, 2)
+	put(t, st, a, b)
+	events := 0
+	st.Watch(func(session.Event) { events++ })
+	wantErr(t, "End", st.End(b.ID, session.Revoked), nil)
+	events = 0
+	a.Seen = session.Seen{Endpoint: netip.MustParseAddrPort("198.18.1.2:40000"), Handshake: start.Add(time.Second), Stamp: [12]byte{0x40, 11: 7}}
+	b.Seen = a.Seen
+	wantErr(t, "Note", st.Note(map[session.ID]session.Seen{a.ID: a.Seen, b.ID: b.Seen, session.NewID(): a.Seen}), nil)
+	if events != 0 {
+		t.Errorf("%d events", events)
+	}
+	wantList(t, st, a)
+	wantList(t, open(start), a)
 }
 
 func watch(t *testing.T, open func(time.Time) session.Store) {

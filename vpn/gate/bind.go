@@ -1,0 +1,55 @@
+package gate
+
+import (
+	"sync/atomic"
+
+	"golang.zx2c4.com/wireguard/conn"
+
+	"perimeterd/vpn"
+)
+
+// First bytes of WireGuard messages (https://www.wireguard.com/papers/wireguard.pdf, 5.4).
+const (
+	messageInitiation = 1
+	messageResponse   = 2
+)
+
+// watched is the tunnel's bind with a look at the handshakes that pass.
+type watched struct {
+	*vpn.Bind
+	heed       func(initiation []byte) bool // false: the device does not get it
+	handshakes atomic.Uint64
+}
+
+// Open implements conn.Bind.
+func (w *watched) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
+	fns, port, err := w.Bind.Open(port)
+	for i, receive := range fns {
+		fns[i] = func(bufs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
+			n, err := receive(bufs, sizes, eps)
+			for j := range n {
+				switch {
+				case sizes[j] == vpn.InitiationSize && bufs[j][0] == messageInitiation:
+					if !w.heed(bufs[j][:sizes[j]]) {
+						sizes[j] = 0
+					}
+				case sizes[j] == vpn.ResponseSize && bufs[j][0] == messageResponse:
+					w.handshakes.Add(1)
+				}
+			}
+			return n, err
+		}
+	}
+	return fns, port, err
+}
+
+// Send implements conn.Bind.
+func (w *watched) Send(bufs [][]byte, ep conn.Endpoint) error {
+	if len(bufs[0]) == vpn.ResponseSize && bufs[0][0] == messageResponse {
+		w.handshakes.Add(1)
+	}
+	return w.Bind.Send(bufs, ep)
+}
+
+// Handshakes counts handshake responses, sent and received. When it moves, some peer's endpoint may have.
+func (w *watched) Handshakes() uint64 { return w.handshakes.Load() }
