@@ -53,6 +53,33 @@ type friendly struct {
 	Times  []float64 `json:"microseconds"`
 }
 
+// idle is what the daemons take when nothing happens.
+func idle(ctx context.Context, doors []*door) (cpu map[string]float64, err error) {
+	const long = 10 * time.Second
+	cpu = map[string]float64{}
+	for _, sign := range []float64{-1, 1} {
+		for _, d := range doors {
+			if d.pid == 0 {
+				continue
+			}
+			u, err := lab.UsageOf(d.pid)
+			if err != nil {
+				return nil, err
+			}
+			cpu[d.name] += sign * u.CPU.Seconds() / long.Seconds()
+		}
+		if sign > 0 {
+			break
+		}
+		select {
+		case <-time.After(long):
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	return cpu, nil
+}
+
 // measureFloods floods the doors in turn, A B C D A B C D for each kind of garbage.
 func measureFloods(ctx context.Context, doors []*door, attacker *lab.Namespace, k *lab.Knocker, source func() netip.Addr, rounds int) (all []flooded, err error) {
 	for _, garbage := range []string{"blind", "aimed"} {

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -48,14 +49,7 @@ func measure(ctx context.Context, runs, rounds int, parts []string, resultsFile,
 			return fmt.Errorf("-only %q: want latency, flood, refresh", part)
 		}
 	}
-	has := func(part string) bool {
-		for _, p := range parts {
-			if p == part {
-				return true
-			}
-		}
-		return false
-	}
+	has := func(part string) bool { return slices.Contains(parts, part) }
 	if err := r.describe(ctx); err != nil {
 		return err
 	}
@@ -117,6 +111,9 @@ func (r *results) sideBySide(ctx context.Context, runs, rounds int, latency, flo
 		fmt.Printf("\nfloods: %d of each, in turn\n", rounds)
 		attacker, err := l.AddHost(ctx, "attacker")
 		if err != nil {
+			return err
+		}
+		if r.Idle, err = idle(ctx, doors); err != nil {
 			return err
 		}
 		if r.Floods, err = measureFloods(ctx, doors, attacker, k, source, rounds); err != nil {

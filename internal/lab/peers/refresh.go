@@ -23,8 +23,9 @@ import (
 const (
 	manyUsers   = 10_000
 	someUsers   = 1_000
-	wholeSteps  = 2                      // of the daemon, measured
-	quickSteps  = 4                      // of the table alone
+	wholeSteps  = 2 // of the daemon, measured
+	quickSteps  = 4 // of the table alone
+	flushGoal   = 15 * time.Millisecond
 	refreshTick = 500 * time.Millisecond // as Tokens.Run does
 )
 

@@ -4,7 +4,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -26,17 +25,18 @@ import (
 
 // results is what door.json holds.
 type results struct {
-	Date     time.Time         `json:"date"`
-	Command  string            `json:"command"`
-	Took     float64           `json:"took_seconds"`
-	Kernel   string            `json:"kernel"`
-	CPU      string            `json:"cpu"`
-	Cores    int               `json:"cores"`
-	Load     float64           `json:"load_before"` // others' use of the machine
-	Versions map[string]string `json:"versions"`
-	Latency  []*latency        `json:"latency,omitempty"`
-	Floods   []flooded         `json:"floods,omitempty"`
-	Refresh  *refresh          `json:"refresh,omitempty"`
+	Date     time.Time          `json:"date"`
+	Command  string             `json:"command"`
+	Took     float64            `json:"took_seconds"`
+	Kernel   string             `json:"kernel"`
+	CPU      string             `json:"cpu"`
+	Cores    int                `json:"cores"`
+	Load     float64            `json:"load_before"` // others' use of the machine
+	Versions map[string]string  `json:"versions"`
+	Latency  []*latency         `json:"latency,omitempty"`
+	Idle     map[string]float64 `json:"idle_cpu,omitempty"` // of each daemon, of one core
+	Floods   []flooded          `json:"floods,omitempty"`
+	Refresh  *refresh           `json:"refresh,omitempty"`
 }
 
 // describe says what is measured, and on what.
@@ -125,15 +125,16 @@ The time from the system call that sends the last packet of a knock to the one t
 first SYN is sent right behind the knock, then one every %v. Every run has a new source address, and a SYN before the
 knock that must stay unanswered. Runs are interleaved: each door once, then each once more.
 
-| door | opened | by the SYN right behind the knock | median | 99th of 100 | shortest, longest | against our token |
+| door | opened | by the SYN right behind the knock | median | 99 % are within | shortest, longest | against our token |
 |---|---|---|---|---|---|---|
 `, synPace)
 	for _, l := range r.Latency {
-		p("| %s | %d of %d | %d | %v | %v | %v, %v | × %.3g |\n", l.Door, l.Opened, l.Runs, l.FirstSYN, rounded(l.median), rounded(l.p99),
-			rounded(quantile(l.Times, 0)), rounded(quantile(l.Times, 1)), float64(l.median)/float64(r.Latency[0].median))
+		p("| %s | %d of %d | %d | %v | %v | %v, %v | × %s |\n", l.Door, l.Opened, l.Runs, l.FirstSYN, rounded(l.median), rounded(l.p99),
+			rounded(quantile(l.Times, 0)), rounded(quantile(l.Times, 1)), times(float64(l.median)/float64(r.Latency[0].median)))
 	}
 	p(`
-A SYN right behind a knock can only be answered where the kernel decides. What is left there is the time between two system calls.
+A SYN right behind a knock can only be answered where the kernel decides. What is left there is the time between two system
+calls, of which the first carries the knock through the firewall.
 `)
 }
 
@@ -141,15 +142,15 @@ func (r *results) floodSection(p func(string, ...any)) {
 	p(`
 ### Under a flood
 
-One thread sends as fast as it can for about seven seconds, from spoofed sources. Blind garbage is the same for all: a third each of
+One thread sends as fast as it can for %s seconds, from spoofed sources. Blind garbage is the same for all: a third each of
 datagrams to random ports, SYNs to random ports, and wrong tokens (16 random bytes) to UDP 1194. Aimed garbage is what the door takes
 for knocks: wrong tokens and SYNs to the first port of the sequence; for knockd and the ipset script SYNs to the first port; for
 fwknop %d letters of base64 to UDP %d. Meanwhile %d friends of each kind knock, from addresses that the flood does not use, and
 try the port for %v. Two numbers are two floods, the doors in turn.
 
-| door | garbage | sent, thousand a second | dropped by its firewall | CPU of its daemon | friends let in, median time |
+| door | garbage | sent, thousand a second | dropped by its firewall | CPU of its daemon (idle) | friends let in, median time |
 |---|---|---|---|---|---|
-`, spaLength, spaPort, friends, friendWait)
+`, r.floodSeconds(), spaLength, spaPort, friends, friendWait)
 	for _, garbage := range []string{"blind", "aimed"} {
 		var names []string
 		rounds := map[string][]flooded{}
@@ -163,11 +164,13 @@ try the port for %v. Two numbers are two floods, the doors in turn.
 		}
 		for _, name := range names {
 			var sent, dropped, cpu []string
+			load := "no daemon"
 			for _, f := range rounds[name] {
 				sent = append(sent, fmt.Sprintf("%.0f", float64(f.Sent)/f.Seconds/1000))
 				dropped = append(dropped, fmt.Sprintf("%.0f", float64(f.Dropped)/f.Seconds/1000))
 				if f.Daemon {
 					cpu = append(cpu, fmt.Sprintf("%.1f %%", 100*f.CPU/f.Seconds))
+					load = fmt.Sprintf("%s (%.1f %%)", strings.Join(cpu, ", "), 100*r.Idle[name])
 				}
 			}
 			var let []string
@@ -175,14 +178,24 @@ try the port for %v. Two numbers are two floods, the doors in turn.
 				let = append(let, friendsOf(rounds[name], i))
 			}
 			p("| %s | %s | %s | %s | %s | %s |\n", name, garbage, strings.Join(sent, ", "), strings.Join(dropped, ", "),
-				cmp.Or(strings.Join(cpu, ", "), "none"), strings.Join(let, "; "))
+				load, strings.Join(let, "; "))
 		}
 	}
 	p(`
-CPU is user and system time of the daemon, in percent of one core; its children, such as iptables, are not in it. The work of
-firewall and packet filter is the sender's here, since on a veth cable the sender's thread carries a packet to the end.
-Aimed at our sequence, spoofed first knocks fill the map of sources in progress, so sequences fail: tokens, which our client sends first, do not.
+CPU is user and system time of the daemon, in percent of one core, counted in ticks of 10 ms; its children, such as iptables, are
+not in it. The work of firewall and packet filter is the sender's here, since on a veth cable the sender's thread carries a
+packet to the end: the cheaper a door, the more is sent. The friends' own packets are among those dropped. Spoofed first knocks
+fill the map of sources in progress, ours like the script's, so sequences fail; tokens, which our client sends first, do not.
 `)
+}
+
+// floodSeconds is how long floods were, as in "5 to 7".
+func (r *results) floodSeconds() string {
+	shortest, longest := math.Inf(1), 0.0
+	for _, f := range r.Floods {
+		shortest, longest = min(shortest, f.Seconds), max(longest, f.Seconds)
+	}
+	return fmt.Sprintf("%.0f to %.0f", shortest, longest)
 }
 
 // friendsOf is one way's part of a row.
@@ -222,12 +235,18 @@ The daemon writes the tokens of a coming step (%.0f s) into the kernel bit by bi
 		p("| step %d: tokens written, commits, in all | %d, %d, %.0f ms |\n", i+1, s.Tokens, s.Flushes, s.Seconds*1000)
 		p("| step %d: longest commit, CPU of the daemon | at most %v, %.2f s |\n", i+1, time.Duration(s.Within*float64(time.Second)), s.CPU)
 	}
-	p("| the table alone, %d commits: median, 99th of 100, longest | %v, %v, %v |\n", len(f.Flushes),
-		rounded(quantile(f.Flushes, 0.5)), rounded(quantile(f.Flushes, 0.99)), rounded(quantile(f.Flushes, 1)))
+	slow := 0
+	for _, us := range f.Flushes {
+		if us > float64(flushGoal.Microseconds()) {
+			slow++
+		}
+	}
+	p("| the table alone, %d commits: median, 99 %% are within, longest; over %v | %v, %v, %v; %d |\n", len(f.Flushes), flushGoal,
+		rounded(quantile(f.Flushes, 0.5)), rounded(quantile(f.Flushes, 0.99)), rounded(quantile(f.Flushes, 1)), slow)
 	for i, n := range f.FirstTry {
 		p("| %d users drawn at random, token %d of the same step: opened at the first try | %d of %d |\n", f.Some, i+1, n, f.Some)
 	}
-	p("\nThe daemon's own metric tells a commit's time by buckets, hence \"at most\"; the goal is 15 ms.\n")
+	p("\nThe daemon's own metric tells a commit's time by buckets, hence \"at most\". The goal is %v.\n", flushGoal)
 }
 
 func (r *results) write(file string) error {
@@ -281,4 +300,13 @@ func rounded(d time.Duration) time.Duration {
 		return d.Round(100 * time.Microsecond)
 	}
 	return d.Round(time.Millisecond)
+}
+
+// times is a ratio with the two digits that it is worth.
+func times(ratio float64) string {
+	if ratio < 10 {
+		return fmt.Sprintf("%.1f", ratio)
+	}
+	unit := math.Pow(10, math.Floor(math.Log10(ratio))-1)
+	return fmt.Sprintf("%.0f", math.Round(ratio/unit)*unit)
 }
