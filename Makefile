@@ -1,7 +1,7 @@
 # make demo   installs what is missing, builds, and shows the whole path in network namespaces
 # make test   installs what is missing, builds, lints, runs every test
 # Both need root (namespaces, nftables) and leave nothing behind. So do
-# make bench-door   the door beside knockd, fwknop and an ipset script, seven minutes; writes docs/benchmarks.md, bench/door.json
+# make bench-door   the door beside knockd, fwknop and an ipset script, six minutes; writes docs/benchmarks.md, bench/door.json
 # make soak         100,000 knocks at the running daemon, ten minutes; fails if anything grows
 
 SHELL := /bin/bash
