@@ -1,6 +1,8 @@
 # make demo   installs what is missing, builds, and shows the whole path in network namespaces
 # make test   installs what is missing, builds, lints, runs every test
-# Both need root (namespaces, nftables) and leave nothing behind.
+# Both need root (namespaces, nftables) and leave nothing behind. So do
+# make bench-door   the door beside knockd, fwknop and an ipset script, six minutes; writes docs/benchmarks.md, bench/door.json
+# make soak         100,000 knocks at the running daemon, ten minutes; fails if anything grows
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -8,10 +10,12 @@ GO ?= go
 
 DEMO_TOOLS := nft:nftables ip:iproute2 curl:curl nmap:nmap
 TEST_TOOLS := $(DEMO_TOOLS) gcc:gcc knock:knockd wg:wireguard-tools wireguard-go:wireguard-go setcap:libcap2-bin make-cadir:easy-rsa openssl:openssl
+PEER_TOOLS := nft:nftables ip:iproute2 iptables:iptables ipset:ipset knockd:knockd fwknopd:fwknop-server fwknop:fwknop-client
+SOAK_TOOLS := nft:nftables ip:iproute2
 VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod
 UNIT := $(GO) list ./... | grep -v internal/lab/e2e
 
-.PHONY: build demo test lint unit e2e test-vm fuzz bench clean demo-tools test-tools vm-tools
+.PHONY: build demo test lint unit e2e test-vm fuzz bench bench-door soak clean demo-tools test-tools vm-tools peer-tools soak-tools
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
@@ -51,6 +55,15 @@ fuzz:
 bench:
 	$(GO) test -run '^$$' -bench . -benchmem $$($(UNIT))
 
+# The door side by side with what it replaces. It writes a table; no build depends on it.
+bench-door: peer-tools build
+	$(GO) build -o bin/lab-peers ./internal/lab/peers
+	bin/lab-peers
+
+soak: soak-tools build
+	$(GO) build -o bin/lab-soak ./internal/lab/soak
+	bin/lab-soak
+
 clean:
 	rm -rf bin
 
@@ -71,3 +84,9 @@ test-tools:
 
 vm-tools:
 	$(call install,$(VM_TOOLS))
+
+peer-tools:
+	$(call install,$(PEER_TOOLS))
+
+soak-tools:
+	$(call install,$(SOAK_TOOLS))

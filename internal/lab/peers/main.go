@@ -1,0 +1,124 @@
+//go:build linux
+
+// Command peers measures the door side by side with what it replaces, in network namespaces: perimeterd's built binary, knockd
+// and fwknop from Debian's packages, and an iptables and ipset script. `make bench-door` runs it as root; it takes
+// about six minutes, ends by itself and leaves nothing but its results.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"perimeterd/internal/lab"
+)
+
+// limit is the longest that it may take.
+const limit = 8*time.Minute - 10*time.Second
+
+func main() {
+	runs := flag.Int("runs", 100, "how often each door is opened for the latency")
+	rounds := flag.Int("rounds", 2, "how often each door is flooded with each garbage")
+	only := flag.String("only", "latency,flood,refresh", "`PARTS` to measure; only all of them are written")
+	results := flag.String("results", "bench/door.json", "`FILE` for the raw numbers")
+	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose section \"The door\" is written")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	if err := measure(ctx, *runs, *rounds, strings.Split(*only, ","), *results, *doc); err != nil {
+		fmt.Fprintln(os.Stderr, "bench-door:", err)
+		os.Exit(1)
+	}
+}
+
+func measure(ctx context.Context, runs, rounds int, parts []string, resultsFile, docFile string) error {
+	r := &results{}
+	for _, part := range parts {
+		switch part {
+		case "latency", "flood", "refresh":
+		default:
+			return fmt.Errorf("-only %q: want latency, flood, refresh", part)
+		}
+	}
+	has := func(part string) bool { return slices.Contains(parts, part) }
+	if err := r.describe(ctx); err != nil {
+		return err
+	}
+	fmt.Println(r.machine())
+	if has("latency") || has("flood") {
+		if err := r.sideBySide(ctx, runs, rounds, has("latency"), has("flood")); err != nil {
+			return err
+		}
+	}
+	if has("refresh") {
+		fmt.Printf("\n%d users, two whole steps\n", manyUsers)
+		var err error
+		if r.Refresh, err = measureRefresh(ctx); err != nil {
+			return err
+		}
+	}
+	r.Took = time.Since(r.Date).Seconds()
+	section, err := r.section()
+	if err != nil {
+		return err
+	}
+	fmt.Printf("\n%s", section)
+	if len(parts) < 3 {
+		return nil
+	}
+	return errors.Join(r.write(resultsFile), writeSection(docFile, section))
+}
+
+func (r *results) sideBySide(ctx context.Context, runs, rounds int, latency, flood bool) (err error) {
+	l, err := lab.New(ctx, lab.Options{})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, l.Close()) }()
+	doors, err := openDoors(ctx, l)
+	if err != nil {
+		return err
+	}
+	var hosts []*lab.Namespace
+	for _, d := range doors {
+		hosts = append(hosts, d.host)
+	}
+	source, err := l.Crowd(ctx, hosts...)
+	if err != nil {
+		return err
+	}
+	k, err := l.NewKnocker()
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	if latency {
+		fmt.Printf("\nlatency: %d runs of each, in turn\n", runs)
+		if r.Latency, err = measureLatency(ctx, l, doors, k, source, runs); err != nil {
+			return err
+		}
+	}
+	if flood {
+		fmt.Printf("\nfloods: %d of each, in turn\n", rounds)
+		attacker, err := l.AddHost(ctx, "attacker")
+		if err != nil {
+			return err
+		}
+		if r.Idle, err = idle(ctx, doors); err != nil {
+			return err
+		}
+		if r.Floods, err = measureFloods(ctx, doors, attacker, k, source, rounds); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,312 @@
+//go:build linux
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/prometheus/procfs"
+	"golang.org/x/sys/unix"
+
+	"perimeterd/internal/lab"
+)
+
+// results is what door.json holds.
+type results struct {
+	Date     time.Time          `json:"date"`
+	Command  string             `json:"command"`
+	Took     float64            `json:"took_seconds"`
+	Kernel   string             `json:"kernel"`
+	CPU      string             `json:"cpu"`
+	Cores    int                `json:"cores"`
+	Load     float64            `json:"load_before"` // others' use of the machine
+	Versions map[string]string  `json:"versions"`
+	Latency  []*latency         `json:"latency,omitempty"`
+	Idle     map[string]float64 `json:"idle_cpu,omitempty"` // of each daemon, of one core
+	Floods   []flooded          `json:"floods,omitempty"`
+	Refresh  *refresh           `json:"refresh,omitempty"`
+}
+
+// describe says what is measured, and on what.
+func (r *results) describe(ctx context.Context) error {
+	r.Date, r.Command, r.Versions = time.Now().Round(0), "make bench-door", map[string]string{}
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return err
+	}
+	r.Kernel = unix.ByteSliceToString(u.Release[:])
+	proc, err := procfs.NewDefaultFS()
+	if err != nil {
+		return err
+	}
+	cpus, err := proc.CPUInfo()
+	if err != nil {
+		return err
+	}
+	r.Cores = len(cpus)
+	if r.Cores > 0 {
+		r.CPU = cpus[0].ModelName
+	}
+	load, err := proc.LoadAvg()
+	if err != nil {
+		return err
+	}
+	r.Load = load.Load1
+	ours, err := lab.Bin("perimeterd")
+	if err != nil {
+		return err
+	}
+	out, err := exec.CommandContext(ctx, ours, "--version").Output()
+	if err != nil {
+		return err
+	}
+	r.Versions["perimeterd"] = strings.TrimPrefix(strings.TrimSpace(string(out)), "perimeterd version ")
+	for _, p := range []string{"knockd", "fwknop-server", "fwknop-client", "iptables", "ipset", "nftables"} {
+		out, err := exec.CommandContext(ctx, "dpkg-query", "-W", "-f", "${Version}", p).Output()
+		if err != nil {
+			return fmt.Errorf("version of Debian's package %s: %w", p, err)
+		}
+		r.Versions[p] = string(out)
+	}
+	return nil
+}
+
+func (r *results) machine() string {
+	var versions []string
+	for name, v := range r.Versions {
+		versions = append(versions, name+" "+v)
+	}
+	slices.Sort(versions)
+	return fmt.Sprintf("%s, %d × %s, Linux %s, load %.2f before; %s",
+		r.Date.Format(time.DateOnly), r.Cores, r.CPU, r.Kernel, r.Load, strings.Join(versions, ", "))
+}
+
+// section is the text of the documentation.
+func (r *results) section() (string, error) {
+	var b strings.Builder
+	p := func(format string, a ...any) { fmt.Fprintf(&b, format, a...) }
+	p("## The door\n\n")
+	p("`%s`, which took %v; written by it. %s.\n", r.Command, time.Duration(r.Took*float64(time.Second)).Round(time.Second), r.machine())
+	p(`
+Each door is a host of its own in a network namespace, with a TCP listener on 1194 behind it, and drops what it does not let
+in (perimeterd in host mode). Windows are %v. perimeterd is the built binary with a configuration of its own init.
+knockd has its stock sequence and iptables command; fwknop its default settings, with messages made by its own client; iptables
+is Debian's, over nftables; the ipset script moves a source from set to set.
+`, window)
+	if r.Latency != nil {
+		r.latencySection(p)
+	}
+	if r.Floods != nil {
+		r.floodSection(p)
+	}
+	if r.Refresh != nil {
+		r.refreshSection(p)
+	}
+	return b.String(), nil
+}
+
+func (r *results) latencySection(p func(string, ...any)) {
+	p(`
+### From the last knock packet to an open port
+
+The time from the system call that sends the last packet of a knock to the one that sends the first SYN that is answered. The
+first SYN is sent right behind the knock, then one every %v. Every run has a new source address, and a SYN before the
+knock that must stay unanswered. Runs are interleaved: each door once, then each once more.
+
+| door | opened | by the SYN right behind the knock | median | 99 % are within | shortest, longest | against our token |
+|---|---|---|---|---|---|---|
+`, synPace)
+	for _, l := range r.Latency {
+		p("| %s | %d of %d | %d | %v | %v | %v, %v | × %s |\n", l.Door, l.Opened, l.Runs, l.FirstSYN, rounded(l.median), rounded(l.p99),
+			rounded(quantile(l.Times, 0)), rounded(quantile(l.Times, 1)), times(float64(l.median)/float64(r.Latency[0].median)))
+	}
+	p(`
+A SYN right behind a knock can only be answered where the kernel decides. What is left there is the time between two system
+calls, of which the first carries the knock through the firewall.
+`)
+}
+
+func (r *results) floodSection(p func(string, ...any)) {
+	p(`
+### Under a flood
+
+One thread sends as fast as it can for %s seconds, from spoofed sources. Blind garbage is the same for all: a third each of
+datagrams to random ports, SYNs to random ports, and wrong tokens (16 random bytes) to UDP 1194. Aimed garbage is what the door takes
+for knocks: wrong tokens and SYNs to the first port of the sequence; for knockd and the ipset script SYNs to the first port; for
+fwknop %d letters of base64 to UDP %d. Meanwhile %d friends of each kind knock, from addresses that the flood does not use, and
+try the port for %v. Two numbers are two floods, the doors in turn.
+
+| door | garbage | sent, thousand a second | dropped by its firewall | CPU of its daemon (idle) | friends let in, median time |
+|---|---|---|---|---|---|
+`, r.floodSeconds(), spaLength, spaPort, friends, friendWait)
+	for _, garbage := range []string{"blind", "aimed"} {
+		var names []string
+		rounds := map[string][]flooded{}
+		for _, f := range r.Floods {
+			if f.Garbage == garbage {
+				if rounds[f.Door] == nil {
+					names = append(names, f.Door)
+				}
+				rounds[f.Door] = append(rounds[f.Door], f)
+			}
+		}
+		for _, name := range names {
+			var sent, dropped, cpu []string
+			load := "no daemon"
+			for _, f := range rounds[name] {
+				sent = append(sent, fmt.Sprintf("%.0f", float64(f.Sent)/f.Seconds/1000))
+				dropped = append(dropped, fmt.Sprintf("%.0f", float64(f.Dropped)/f.Seconds/1000))
+				if f.Daemon {
+					cpu = append(cpu, fmt.Sprintf("%.1f %%", 100*f.CPU/f.Seconds))
+					load = fmt.Sprintf("%s (%.1f %%)", strings.Join(cpu, ", "), 100*r.Idle[name])
+				}
+			}
+			var let []string
+			for i := range rounds[name][0].Friends {
+				let = append(let, friendsOf(rounds[name], i))
+			}
+			p("| %s | %s | %s | %s | %s | %s |\n", name, garbage, strings.Join(sent, ", "), strings.Join(dropped, ", "),
+				load, strings.Join(let, "; "))
+		}
+	}
+	p(`
+CPU is user and system time of the daemon, in percent of one core, counted in ticks of 10 ms; its children, such as iptables, are
+not in it. The work of firewall and packet filter is the sender's here, since on a veth cable the sender's thread carries a
+packet to the end: the cheaper a door, the more is sent. The friends' own packets are among those dropped. Spoofed first knocks
+fill the map of sources in progress, ours like the script's, so sequences fail; tokens, which our client sends first, do not.
+`)
+}
+
+// floodSeconds is how long floods were, as in "5 to 7".
+func (r *results) floodSeconds() string {
+	shortest, longest := math.Inf(1), 0.0
+	for _, f := range r.Floods {
+		shortest, longest = min(shortest, f.Seconds), max(longest, f.Seconds)
+	}
+	return fmt.Sprintf("%.0f to %.0f", shortest, longest)
+}
+
+// friendsOf is one way's part of a row.
+func friendsOf(rounds []flooded, way int) string {
+	var opened, times []string
+	for _, f := range rounds {
+		r := f.Friends[way]
+		opened = append(opened, fmt.Sprint(r.Opened))
+		if r.Opened > 0 {
+			times = append(times, rounded(quantile(r.Times, 0.5)).String())
+		}
+	}
+	r := rounds[0].Friends[way]
+	s := fmt.Sprintf("%s of %d", strings.Join(opened, ", "), r.Knocks)
+	if _, kind, ok := strings.Cut(r.Door, ", "); ok {
+		s = kind + " " + s
+	}
+	if times != nil {
+		s += " (" + strings.Join(times, ", ") + ")"
+	}
+	return s
+}
+
+func (r *results) refreshSection(p func(string, ...any)) {
+	f := r.Refresh
+	p(`
+### %d users
+
+The daemon writes the tokens of a coming step (%.0f s) into the kernel bit by bit while a step lasts.
+
+| | |
+|---|---|
+| start of the daemon, three steps of all users loaded | %.2f s |
+| resident memory of the daemon | %.0f MB |
+`, f.Users, f.Step, f.Start, float64(f.RSS)/1e6)
+	for i, s := range f.Steps {
+		p("| step %d: tokens written, commits, in all | %d, %d, %.0f ms |\n", i+1, s.Tokens, s.Flushes, s.Seconds*1000)
+		p("| step %d: longest commit, CPU of the daemon | at most %v, %.2f s |\n", i+1, time.Duration(s.Within*float64(time.Second)), s.CPU)
+	}
+	slow := 0
+	for _, us := range f.Flushes {
+		if us > float64(flushGoal.Microseconds()) {
+			slow++
+		}
+	}
+	p("| the table alone, %d commits: median, 99 %% are within, longest; over %v | %v, %v, %v; %d |\n", len(f.Flushes), flushGoal,
+		rounded(quantile(f.Flushes, 0.5)), rounded(quantile(f.Flushes, 0.99)), rounded(quantile(f.Flushes, 1)), slow)
+	for i, n := range f.FirstTry {
+		p("| %d users drawn at random, token %d of the same step: opened at the first try | %d of %d |\n", f.Some, i+1, n, f.Some)
+	}
+	p("\nThe daemon's own metric tells a commit's time by buckets, hence \"at most\". The goal is %v.\n", flushGoal)
+}
+
+func (r *results) write(file string) error {
+	text, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(file, append(text, '\n'), 0o644)
+}
+
+// writeSection puts a section of Markdown, from its "## " heading on, in the place of the one with the same heading, else at the end.
+func writeSection(file, section string) error {
+	text, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		text, err = []byte("# Benchmarks\n"), nil
+	}
+	if err != nil {
+		return err
+	}
+	heading, _, _ := strings.Cut(section, "\n")
+	before, after, found := bytes.Cut(append([]byte("\n"), text...), []byte("\n"+heading+"\n"))
+	rest := []byte{}
+	if found {
+		if i := bytes.Index(after, []byte("\n## ")); i >= 0 {
+			rest = after[i:]
+		}
+	}
+	out := strings.TrimSpace(string(before)) + "\n\n" + strings.TrimSpace(section) + "\n" + string(rest)
+	return os.WriteFile(file, []byte(out), 0o644)
+}
+
+// quantile of times in microseconds, by the nearest rank; zero of none.
+func quantile(microseconds []float64, q float64) time.Duration {
+	if len(microseconds) == 0 {
+		return 0
+	}
+	sorted := slices.Sorted(slices.Values(microseconds))
+	i := max(int(math.Ceil(q*float64(len(sorted))))-1, 0)
+	return time.Duration(sorted[i] * 1000)
+}
+
+// rounded keeps what a figure is worth.
+func rounded(d time.Duration) time.Duration {
+	switch {
+	case d < time.Millisecond:
+		return d.Round(time.Microsecond)
+	case d < 100*time.Millisecond:
+		return d.Round(100 * time.Microsecond)
+	}
+	return d.Round(time.Millisecond)
+}
+
+// times is a ratio with the two digits that it is worth.
+func times(ratio float64) string {
+	if ratio < 10 {
+		return fmt.Sprintf("%.1f", ratio)
+	}
+	unit := math.Pow(10, math.Floor(math.Log10(ratio))-1)
+	return fmt.Sprintf("%.0f", math.Round(ratio/unit)*unit)
+}
