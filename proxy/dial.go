@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -55,10 +56,7 @@ func (d *dialer) dial(ctx context.Context, p *Policy, bind netip.Addr, q Request
 	var judged []netip.Addr
 	var refused, verdict Decision
 	for _, a := range addrs {
-		v := p.DecideAddress(q, a)
-		if why := d.own.judge(a, time.Now()); why != "" {
-			v = Decision{Reason: why}
-		}
+		v := d.judge(p, q, a)
 		if v.Allow && len(judged) < dialMost {
 			judged = append(judged, a)
 			if v.Observed || len(judged) == 1 {
@@ -77,11 +75,7 @@ func (d *dialer) dial(ctx context.Context, p *Policy, bind netip.Addr, q Request
 		if err != nil {
 			return err
 		}
-		v := p.DecideAddress(q, to.Addr())
-		if why := d.own.judge(to.Addr(), time.Now()); why != "" {
-			v = Decision{Reason: why}
-		}
-		if !v.Allow {
+		if v := d.judge(p, q, to.Addr()); !v.Allow {
 			return &refusal{reason: v.Reason, rule: v.Rule}
 		}
 		cerr := c.Control(func(fd uintptr) {
@@ -107,6 +101,17 @@ func (d *dialer) dial(ctx context.Context, p *Policy, bind netip.Addr, q Request
 	return conn, verdict, nil
 }
 
+// judge is DecideAddress, and knows the host's own addresses.
+func (d *dialer) judge(p *Policy, q Request, a netip.Addr) Decision {
+	v := p.DecideAddress(q, a)
+	if v.Allow {
+		if why := d.own.judge(a, time.Now()); why != "" {
+			v = Decision{Reason: why}
+		}
+	}
+	return v
+}
+
 // resolve returns the addresses of a kind that may be dialed.
 func (d *dialer) resolve(ctx context.Context, p *Policy, to Destination) ([]netip.Addr, error) {
 	if to.Addr.IsValid() {
@@ -116,8 +121,7 @@ func (d *dialer) resolve(ctx context.Context, p *Policy, to Destination) ([]neti
 	if p.ipv6 {
 		network = "ip"
 	}
-	// The dot keeps resolv.conf's search list out: the policy has judged this name and no longer one.
-	addrs, err := d.resolver.LookupNetIP(ctx, network, to.Name+".")
+	addrs, err := d.lookup(ctx, network, to.Name)
 	if err == nil && len(addrs) > 0 {
 		for i, a := range addrs {
 			addrs[i] = a.Unmap().WithZone("")
@@ -137,6 +141,20 @@ func (d *dialer) resolve(ctx context.Context, p *Policy, to Destination) ([]neti
 		return nil, &refusal{reason: DNSNotFound, cause: err}
 	}
 	return nil, &refusal{reason: DNSFailed, cause: err}
+}
+
+// lookup asks for the name and no longer one: the last dot keeps resolv.conf's search list out, of which the policy knows
+// nothing. Written so, Go does not find a single label in /etc/hosts, hence the first look.
+func (d *dialer) lookup(ctx context.Context, network, name string) ([]netip.Addr, error) {
+	if !strings.Contains(name, ".") {
+		hosts := &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+			return nil, errors.New("only /etc/hosts is asked")
+		}}
+		if addrs, err := hosts.LookupNetIP(ctx, network, name); err == nil {
+			return addrs, nil
+		}
+	}
+	return d.resolver.LookupNetIP(ctx, network, name+".")
 }
 
 // race starts a dial every dialStagger, or at once when one has failed, and keeps the first connection.

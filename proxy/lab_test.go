@@ -321,7 +321,7 @@ func startLab(t testing.TB, cfg Config) *lab {
 			if err != nil {
 				t.Errorf("Run: %v", err)
 			}
-		case <-time.After(5 * time.Second):
+		case <-time.After(15 * time.Second):
 			t.Error("Run did not return")
 		}
 	})
@@ -341,6 +341,16 @@ func (l *lab) from(addr string) *net.TCPConn {
 	l.t.Cleanup(func() { c.Close() })
 	c.SetDeadline(time.Now().Add(20 * time.Second))
 	return c.(*net.TCPConn)
+}
+
+// eventually waits for what must become true.
+func eventually(t testing.TB, what string, is func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(15 * time.Second); !is(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not in 15 seconds: %s", what)
+		}
+	}
 }
 
 // next is the next request that was logged.

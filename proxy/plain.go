@@ -94,9 +94,10 @@ type exchange struct {
 	conn   atomic.Pointer[countedConn]
 	access *Access
 	json   bool
-	last   bool // of its connection
-	broken bool // the answer's body ended with an error
-	bare   bool // the origin switched protocols
+	last   bool        // of its connection
+	bad    atomic.Bool // the request's body ended with an error
+	broken atomic.Bool // the answer's did
+	bare   bool        // the origin switched protocols
 }
 
 func (p *plain) run() {
@@ -151,7 +152,7 @@ func (p *plain) serve(w http.ResponseWriter, r *http.Request) {
 	defer func() {
 		if r.Context().Err() != nil {
 			l.end(ClientReset)
-		} else if x.broken {
+		} else if x.broken.Load() {
 			l.end(ServerReset) // a chunked answer would otherwise look whole
 		}
 		l.detach()
@@ -165,6 +166,9 @@ func (p *plain) serve(w http.ResponseWriter, r *http.Request) {
 	}()
 	if h.upgrade {
 		c.bare.Store(true)
+	}
+	if r.Body != http.NoBody {
+		r.Body = &watchedBody{r.Body, &x.bad}
 	}
 	cleanRequest(r, h.upgrade)
 	// One canonical form for the origin too.
@@ -191,10 +195,14 @@ func (p *plain) roundTrip(r *http.Request, _ *goproxy.ProxyCtx) (*http.Response,
 		}
 	}
 	if err != nil {
-		x.access.Decision.Reason, x.access.Detail = UpstreamFailed, err.Error()
+		why := UpstreamFailed
+		if x.bad.Load() {
+			why, x.access.Decision.Allow = Malformed, false
+		}
+		x.access.Decision.Reason, x.access.Detail = why, err.Error()
 		body, kind := x.access.body(x.json)
-		resp = goproxy.NewResponse(r, kind, http.StatusBadGateway, string(body))
-		resp.Header.Set("X-Perimeter-Reason", string(UpstreamFailed))
+		resp = goproxy.NewResponse(r, kind, why.Status(), string(body))
+		resp.Header.Set("X-Perimeter-Reason", string(why))
 		resp.Header.Set("Connection", "close")
 	}
 	x.access.Status = resp.StatusCode
@@ -367,21 +375,23 @@ func (c *countedConn) Read(b []byte) (int, error) {
 }
 
 func (c *countedConn) Write(b []byte) (int, error) {
+	// Before, or the answer may be there, and logged, sooner than the count.
+	c.up.Add(int64(len(b)))
 	n, err := c.Conn.Write(b)
-	c.up.Add(int64(n))
+	c.up.Add(int64(n - len(b)))
 	return n, err
 }
 
 // watchedBody notices a body that breaks off.
 type watchedBody struct {
 	io.ReadCloser
-	broken *bool
+	broken *atomic.Bool
 }
 
 func (w *watchedBody) Read(b []byte) (int, error) {
 	n, err := w.ReadCloser.Read(b)
 	if err != nil && err != io.EOF {
-		*w.broken = true
+		w.broken.Store(true)
 	}
 	return n, err
 }

@@ -238,7 +238,7 @@ func TestOneSilentAddressDoesNotDelayTheOther(t *testing.T) {
 	if status, _ := ask(t, l.from("10.77.0.2"), "CONNECT slow.lab.test:"+strconv.Itoa(int(at.Port()))+" HTTP/1.0\r\n\r\n"); status != 200 {
 		t.Fatal(status)
 	}
-	if d := time.Since(began); d < dialStagger-50*time.Millisecond || d > 3*time.Second {
+	if d := time.Since(began); d < dialStagger || d >= dialTimeout {
 		t.Errorf("connected after %v, want about %v", d, dialStagger)
 	}
 }
@@ -304,7 +304,7 @@ func TestSlowHeadIsCutOff(t *testing.T) {
 	if err != nil || resp.StatusCode != http.StatusRequestTimeout {
 		t.Fatalf("%v, %v", resp, err)
 	}
-	if d := time.Since(began); d < 9*time.Second || d > 13*time.Second {
+	if d := time.Since(began); d < headTimeout-time.Second {
 		t.Errorf("after %v", d)
 	}
 	if a := l.next(); a.Decision.Reason != HeadTimeout {
@@ -339,9 +339,7 @@ func TestAUserHasSoManyConnections(t *testing.T) {
 		t.Errorf("another user: %d", status)
 	}
 	open[0].Close()
-	for l.Connections(l.alice.ID) > 2 {
-		time.Sleep(time.Millisecond)
-	}
+	eventually(t, "two connections", func() bool { return l.Connections(l.alice.ID) == 2 })
 	if status, _ := ask(t, l.from("10.77.0.2"), raw); status != 200 {
 		t.Errorf("after one has gone: %d", status)
 	}

@@ -68,7 +68,7 @@ func (l *Lab) StartCloud(o CloudOptions) (*CloudHost, error) {
 		return nil, errors.New("cloud host: no names: give those it stands for, such as console.aws.amazon.com")
 	}
 	h := &CloudHost{
-		CAFile: filepath.Join(l.Dir, "cloud-ca.pem"), CAs: x509.NewCertPool(), DNS: &DNS{records: map[string][]netip.Addr{}},
+		CAFile: filepath.Join(l.Dir, "cloud-ca.pem"), CAs: x509.NewCertPool(), DNS: &DNS{records: map[string][][]netip.Addr{}, ttl: shortTTL},
 		pattern: make([]byte, 251*256),
 	}
 	for i := range h.pattern {

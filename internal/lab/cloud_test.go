@@ -141,7 +141,7 @@ func question(t testing.TB, name string, kind dnsmessage.Type) []byte {
 }
 
 func TestDNSAnswersWhatItWasGivenAndNoMore(t *testing.T) {
-	d := &DNS{records: map[string][]netip.Addr{}}
+	d := &DNS{records: map[string][][]netip.Addr{}}
 	four, six := netip.MustParseAddr("198.19.1.2"), netip.MustParseAddr("2001:db8::2")
 	d.Set("Both.Example.", four, six)
 	d.Set("four.example", four)
@@ -179,10 +179,12 @@ func TestDNSAnswersWhatItWasGivenAndNoMore(t *testing.T) {
 }
 
 func FuzzDNSAnswer(f *testing.F) {
-	d := &DNS{records: map[string][]netip.Addr{}}
-	for a := netip.MustParseAddr("198.19.1.2"); len(d.records["many.example"]) < 50; a = a.Next() {
-		d.Set("many.example", append(d.records["many.example"], a)...)
+	d := &DNS{records: map[string][][]netip.Addr{}}
+	var many []netip.Addr
+	for a := netip.MustParseAddr("198.19.1.2"); len(many) < 50; a = a.Next() {
+		many = append(many, a)
 	}
+	d.Set("many.example", many...)
 	f.Add(question(f, "many.example.", dnsmessage.TypeA))
 	f.Add(question(f, "other.example.", dnsmessage.TypeAAAA))
 	f.Add([]byte{})

@@ -26,28 +26,46 @@ type Query struct {
 }
 
 const (
-	maxLog = 1 << 14 // entries a log keeps; the older half goes first
-	ttl    = 1       // seconds, so that a changed record counts soon
+	maxLog   = 1 << 14 // entries a log keeps; the older half goes first
+	shortTTL = 1       // seconds, so that a changed record counts soon
 )
 
-// DNS answers A and AAAA questions for the records it was given, over UDP and TCP.
+// DNS answers A and AAAA questions for the records it was given, over UDP and TCP. What does not exist is told with an SOA,
+// whose minimum is the TTL.
 type DNS struct {
 	mu      sync.Mutex
-	records map[string][]netip.Addr
+	records map[string][][]netip.Addr // answers in turn
+	ttl     uint32
 	queries []Query
 }
 
 // Set gives a name its addresses, of both families, replacing what it had; without addresses the name no longer exists. The
 // first label may be *, for all names that have no record of their own.
 func (d *DNS) Set(name string, addrs ...netip.Addr) {
+	if len(addrs) == 0 {
+		d.SetInTurn(name)
+		return
+	}
+	d.SetInTurn(name, addrs)
+}
+
+// SetInTurn gives a name other addresses with every question for them; the last answer stays.
+func (d *DNS) SetInTurn(name string, answers ...[]netip.Addr) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	name = strings.ToLower(strings.TrimSuffix(name, "."))
-	if len(addrs) == 0 {
+	if len(answers) == 0 {
 		delete(d.records, name)
 		return
 	}
-	d.records[name] = slices.Clone(addrs)
+	d.records[name] = slices.Clone(answers)
+}
+
+// SetTTL is for all answers from now on, in seconds. It begins as one.
+func (d *DNS) SetTTL(seconds uint32) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.ttl = seconds
 }
 
 // Queries returns what was asked, oldest first.
@@ -58,15 +76,23 @@ func (d *DNS) Queries() []Query {
 }
 
 // lookup notes the question and finds the addresses; exists is false for a name without any record.
-func (d *DNS) lookup(q Query) (addrs []netip.Addr, exists bool) {
+func (d *DNS) lookup(q Query) (addrs []netip.Addr, exists bool, ttl uint32) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.queries = appendBounded(d.queries, q)
-	addrs, exists = d.records[q.Name]
-	if _, parent, ok := strings.Cut(q.Name, "."); ok && !exists {
-		addrs, exists = d.records["*."+parent]
+	name := q.Name
+	answers, exists := d.records[name]
+	if _, parent, ok := strings.Cut(name, "."); ok && !exists {
+		name = "*." + parent
+		answers, exists = d.records[name]
 	}
-	return slices.Clone(addrs), exists
+	if !exists {
+		return nil, false, d.ttl
+	}
+	if q.Type == dnsmessage.TypeA && len(answers) > 1 {
+		d.records[name] = answers[1:]
+	}
+	return slices.Clone(answers[0]), true, d.ttl
 }
 
 func appendBounded[T any](log []T, entry T) []T {
@@ -96,7 +122,7 @@ func (d *DNS) answer(query []byte, from netip.AddrPort, limit int) ([]byte, erro
 		return reply.Pack()
 	}
 	reply.Questions = []dnsmessage.Question{q}
-	addrs, exists := d.lookup(Query{
+	addrs, exists, ttl := d.lookup(Query{
 		At: time.Now(), From: from, Name: strings.ToLower(strings.TrimSuffix(q.Name.String(), ".")), Type: q.Type,
 	})
 	if !exists {
@@ -110,6 +136,13 @@ func (d *DNS) answer(query []byte, from netip.AddrPort, limit int) ([]byte, erro
 		case q.Type == dnsmessage.TypeAAAA && a.Is6():
 			reply.Answers = append(reply.Answers, dnsmessage.Resource{Header: header, Body: &dnsmessage.AAAAResource{AAAA: a.As16()}})
 		}
+	}
+	if len(reply.Answers) == 0 {
+		root := dnsmessage.MustNewName(".")
+		reply.Authorities = []dnsmessage.Resource{{
+			Header: dnsmessage.ResourceHeader{Name: root, Type: dnsmessage.TypeSOA, Class: q.Class, TTL: ttl},
+			Body:   &dnsmessage.SOAResource{NS: root, MBox: root, MinTTL: ttl},
+		}}
 	}
 	packed, err := reply.Pack()
 	if err != nil || len(packed) <= limit {
