@@ -3,6 +3,7 @@ package identity
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -50,7 +51,7 @@ func newOutside(t testing.TB, crl, allowed bool, more ...*CA) *outside {
 	}
 	var bundle []byte
 	for _, ca := range append([]*CA{ca}, more...) {
-		bundle = append(bundle, encodeCert(ca.Certificate.Raw)...)
+		bundle = append(bundle, EncodeCertificate(ca.Certificate)...)
 	}
 	o.write(filepath.Join(dir, "ca.crt"), bundle)
 	o.Verifier, err = NewExternalVerifier(filepath.Join(dir, "ca.crt"), o.External, o.users, func() time.Time { return o.clock })
@@ -326,7 +327,9 @@ func TestReaddedUserOfAnExternalAuthorityNeedsANewCertificate(t *testing.T) {
 	}
 	o.is(before, RevokedCert, "before its user was revoked on "+u.Barred.Format(time.RFC3339))
 	o.clock = now.Add(2 * backdate)
-	after, err := o.ca.issue(&x509.Certificate{Subject: pkix.Name{CommonName: "alice"}, NotAfter: now.Add(week), ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}, now.Add(backdate+2*time.Minute))
+	after, err := issue(func(key crypto.PublicKey) (*x509.Certificate, error) {
+		return o.ca.SignClient(key, "alice", "mac", now.Add(week), now.Add(backdate+2*time.Minute))
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -450,7 +453,7 @@ func TestBadCRLsAreNamedAndLeaveTheLastGoodOne(t *testing.T) {
 		{"truncated PEM", armored(good)[:300], "1 of 1 CRLs in it are cut short or damaged: write the file again"},
 		{"truncated DER", good[:len(good)-1], "cut short, or no CRL in PEM or DER: write the file again"},
 		{"nonsense", []byte("nonsense\n"), "cut short, or no CRL in PEM or DER"},
-		{"a certificate", encodeCert(o.ca.Certificate.Raw), `a PEM block "CERTIFICATE" where only CRLs belong: take it out`},
+		{"a certificate", EncodeCertificate(o.ca.Certificate), `a PEM block "CERTIFICATE" where only CRLs belong: take it out`},
 		{"a certificate, DER", o.ca.Certificate.Raw, "a CRL that cannot be read: "},
 		{"another issuer", armored(list(t, other, now, week)), "the CRL of CN=another CA of " + date + " is from an issuer that identity.ca does not hold"},
 		{"another's key", armored(list(t, twin, now, week)), "the CRL of CN=Example VPN CA of " + date + " is not signed by the CA of that name in identity.ca ("},
@@ -616,7 +619,7 @@ func TestARevokedAuthorityTakesItsUsersAlong(t *testing.T) {
 		if _, err := o.Again(id.Chain); err != nil {
 			t.Fatal(err)
 		}
-		subIssued := &Issued{Certificate: encodeCert(sub.Certificate.Raw)}
+		subIssued := &Issued{Certificate: EncodeCertificate(sub.Certificate)}
 		o.swap(o.CRL, armored(own, list(t, root, now, week, subIssued), ofSub))
 		_, err = o.Identify(st)
 		wantRefusal(t, err, RevokedCert)

@@ -51,7 +51,7 @@ func TestRequestsOfOurOwnAndOfOpenSSL(t *testing.T) {
 			if text, err := exec.Command("openssl", args...).CombinedOutput(); err != nil {
 				t.Fatalf("openssl: %v\n%s", err, text)
 			}
-			take(name+" "+form, readFile(t, out))
+			take(name+" "+form, fileText(t, out))
 		}
 	}
 	key, err := NewKey()
@@ -115,7 +115,7 @@ func unchecked(t *testing.T, key crypto.Signer) []byte {
 	return der
 }
 
-func readFile(t *testing.T, path string) []byte {
+func fileText(t *testing.T, path string) []byte {
 	t.Helper()
 	data, err := os.ReadFile(path)
 	if err != nil {

@@ -142,18 +142,6 @@ func (s *stage) serveSigner() *lab.Cmd {
 
 func (s *stage) signerSocket() string { return filepath.Join(s.daemon.Dir, "run", "signer.sock") }
 
-// await waits for what must come to be.
-func (s *stage) await(what string, is func() bool) {
-	s.t.Helper()
-	for !is() {
-		select {
-		case <-time.After(20 * time.Millisecond):
-		case <-s.ctx.Done():
-			s.t.Fatalf("never: %s", what)
-		}
-	}
-}
-
 func (s *stage) profile(file string) *client.Profile {
 	s.t.Helper()
 	text, err := os.ReadFile(file)
