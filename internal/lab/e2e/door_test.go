@@ -170,7 +170,7 @@ func TestBrokenConfigurationSaysWhatAndWhereAndExits2(t *testing.T) {
 	if err := s.daemon.Signal(hangUp); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.daemon.Await(s.ctx, "configuration not reloaded: the old one goes on", 1); err != nil {
+	if _, err := s.daemon.Await(s.ctx, "configuration not taken up: the old one goes on", 1); err != nil {
 		t.Fatal(err)
 	}
 	s.ok(s.alice.VPN(s.ctx, "up"))
