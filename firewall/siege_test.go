@@ -48,6 +48,12 @@ func besiege(t *testing.T, cfg Config) *siege {
 	// Sources from anywhere, and an answer for each of them.
 	run(t, "", "ip", "route", "add", "default", "dev", "outside")
 	run(t, "", "ip", "-6", "route", "add", "default", "dev", "outside")
+	// The kernel takes up an IPv6 address in a work queue of its own.
+	for deadline := time.Now().Add(10 * time.Second); len(s.replies(s.tun, s.tcp(netip.MustParseAddr("2001:db8::250"), 9, flagSYN))) == 0; {
+		if time.Now().After(deadline) {
+			t.Fatal("the host does not answer over IPv6")
+		}
+	}
 	return s
 }
 
@@ -126,7 +132,7 @@ func (s *siege) without(chain, rule string) {
 	}
 }
 
-// from sends packets in at a device.
+// into sends packets in at a device.
 func (s *siege) into(tun *testTUN, packets ...[]byte) {
 	s.t.Helper()
 	for _, p := range packets {
