@@ -15,7 +15,7 @@ SOAK_TOOLS := nft:nftables ip:iproute2
 VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod
 UNIT := $(GO) list ./... | grep -v internal/lab/e2e
 
-.PHONY: build demo test lint unit e2e test-vm fuzz bench bench-door soak clean demo-tools test-tools vm-tools peer-tools soak-tools
+.PHONY: build demo test lint unit e2e test-attacks test-vm fuzz bench bench-door soak clean demo-tools test-tools vm-tools peer-tools soak-tools
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
@@ -37,6 +37,11 @@ unit:
 
 e2e: build
 	$(GO) test -count=1 -timeout 8m ./internal/lab/e2e
+	$(GO) run ./internal/lab/attacks -quick
+
+# The door attacked with stock tools, odd packets and floods, and what each attack gained: four minutes, at most eight.
+test-attacks: test-tools build
+	$(GO) run ./internal/lab/attacks
 
 # The firewall's tests on the kernels of Debian 12 and 13, in emulated machines: ten minutes, not part of `make test`.
 test-vm: vm-tools build

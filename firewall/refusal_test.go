@@ -81,18 +81,20 @@ func TestResetSequencesAreTold(t *testing.T) {
 	}
 }
 
+func (r *room) stuff(set string) { r.t.Helper(); stuff(r.t, r.fw, set) }
+
 // stuff fills a map of windows to its size with sources of 100.64.0.0/10.
-func (r *room) stuff(set string) {
-	r.t.Helper()
+func stuff(t *testing.T, f *Firewall, set string) {
+	t.Helper()
 	elements := make([]nftables.SetElement, setSize)
 	for i := range elements {
 		elements[i] = nftables.SetElement{Key: binary.BigEndian.AppendUint32(nil, 100<<24|64<<16+uint32(i)), Val: native.PutUint32(1), Timeout: time.Minute}
 	}
-	r.fw.mu.Lock()
-	defer r.fw.mu.Unlock()
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	for part := range slices.Chunk(elements, chunk) {
-		if err := r.fw.sendLocked(set, part); err != nil {
-			r.t.Fatal(err)
+		if err := f.sendLocked(set, part); err != nil {
+			t.Fatal(err)
 		}
 	}
 }
