@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -62,6 +63,11 @@ func checkExternal(c *configs.Config) (lines []line) {
 	v, err := newVerifier(c.Identity, nil)
 	if err != nil {
 		return []line{found(name, "", missing(err))}
+	}
+	for _, path := range []string{c.Identity.CA, c.Identity.Allowed} {
+		if st, err := os.Stat(path); err == nil && st.Mode().Perm()&0o002 != 0 {
+			lines = append(lines, line{"problem", name, fmt.Sprintf("%s has mode %04o: others may let themselves in: chmod o-w %s", path, st.Mode().Perm(), path)})
+		}
 	}
 	for _, p := range v.Problems() {
 		lines = append(lines, line{"problem", name, p.Text})
