@@ -472,3 +472,100 @@ func TestUserRevokeActsOnUsersThatOnlyTheListKnows(t *testing.T) {
 		t.Errorf("%v\n%s", err, out)
 	}
 }
+
+// The guide's commands are run as they stand there, in the lab's directories, with its addresses.
+func TestTheMigrationGuideIsRight(t *testing.T) {
+	s := &external{stage: &stage{Lab: lab.Start(t, lab.Options{}), t: t}}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	t.Cleanup(cancel)
+	s.ctx = ctx
+	var err error
+	// What is there before.
+	openvpn := filepath.Join(s.Dir, "openvpn")
+	if err := os.Mkdir(openvpn, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if s.ca, err = lab.NewEasyRSA(s.ctx, openvpn); err != nil {
+		t.Fatal(err)
+	}
+	s.write(filepath.Join(openvpn, "allowed-users"), "# OpenVPN's\nCN=alice\nCN=carol\n")
+	for _, name := range []string{"alice", "carol"} {
+		s.easyrsa("build-client-full", name, "nopass")
+	}
+	if s.daemon, err = s.NewDaemon(s.ctx); err != nil { // init, with the lab's addresses
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the daemon's log:\n%s", s.daemon.Log())
+		}
+	})
+	laptop := filepath.Join(s.Dir, "home-laptop")
+	if err := os.Mkdir(laptop, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{"ca.crt", "issued/alice.crt", "private/alice.key"} {
+		s.write(filepath.Join(laptop, filepath.Base(file)), string(s.read(s.ca.Path(file))))
+	}
+	s.write(filepath.Join(laptop, "wg.key"), s.ok(s.Client.Command(s.ctx, "wg", "genkey")))
+
+	bin, err := lab.Bin("perimeterd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	guide := strings.NewReplacer(
+		"/etc/openvpn", openvpn, "/etc/perimeterd", s.daemon.Dir, "DNS:bastion.example.com", "IP:"+s.Bastion.Addr.String(), "bastion.example.com", s.Bastion.Addr.String(),
+		"31204 55773 4393 19712", strings.Join(s.sequence(), " "), "    knock ", "    /usr/bin/knock -d 20 ", "    perimeterd ", "    "+bin+" --config "+s.daemon.Config+" ",
+		"./easyrsa ", "./easyrsa --batch ", "curl --", "curl -sS --max-time 5 --",
+	).Replace(string(s.read("../../../docs/migrate-openvpn.md")))
+	run := func(at *lab.Namespace, block string) string {
+		t.Helper()
+		c := at.Command(s.ctx, "bash", "-euo", "pipefail", "-c", block)
+		c.Dir = laptop
+		return s.ok(c)
+	}
+	blocks := map[string][]string{}
+	section, inside := "", false
+	for line := range strings.Lines(guide) {
+		code, is := strings.CutPrefix(line, "    ")
+		switch title, heading := strings.CutPrefix(line, "## "); {
+		case heading:
+			section = strings.TrimSpace(title)
+		case is && !inside:
+			blocks[section] = append(blocks[section], code)
+		case is:
+			blocks[section][len(blocks[section])-1] += code
+		}
+		inside = is
+	}
+	bastion, atLaptop, then := blocks["On the bastion"], blocks["On a laptop"], blocks["From then on"]
+	if len(bastion) != 4 || len(atLaptop) != 1 || len(then) != 1 || !strings.Contains(bastion[0], " init ") || strings.Count(bastion[3], "\n") != 3 {
+		t.Fatalf("the guide has other blocks: %q", blocks)
+	}
+	run(s.Bastion, bastion[1])
+	var settings []lab.Setting
+	for line := range strings.Lines(strings.TrimPrefix(bastion[2], "[identity]\n")) {
+		key, value, _ := strings.Cut(line, "=")
+		settings = append(settings, lab.Setting{Key: strings.TrimSpace(key), Value: strings.TrimSpace(value)})
+	}
+	if err := s.daemon.Set(settings...); err != nil || len(settings) != 6 {
+		t.Fatal(settings, err)
+	}
+	before, isRun := strings.CutSuffix(bastion[3], s.daemon.Config+" run\n")
+	if !isRun {
+		t.Fatalf("the last command is not run: %s", bastion[3])
+	}
+	if out := run(s.Bastion, strings.TrimSuffix(before, bin+" --config ")); strings.Contains(out, "problem") {
+		t.Errorf("check: %s", out)
+	}
+	s.start()
+	if out := run(s.Client, atLaptop[0]); !strings.Contains(out, `"user":"alice"`) {
+		t.Errorf("%s", out)
+	}
+	run(s.Bastion, then[0])
+	s.eventually("alice is out, bob is in", func() bool {
+		return len(s.daemon.Entries("session ended")) == 1 && s.asksAs("bob").Run() == nil
+	})
+	s.refused(s.asks(filepath.Join(laptop, "alice.crt"), filepath.Join(laptop, "alice.key")), "certificate refused", `"reason":"revoked"`)
+	s.refused(s.asksAs("carol"), "certificate refused", `"reason":"revoked"`)
+}
