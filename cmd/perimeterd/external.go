@@ -16,6 +16,9 @@ import (
 	"perimeterd/internal/session"
 )
 
+// errExternal is of what only the built-in CA does.
+var errExternal = errors.New("the CA is another's (identity.ca_key is empty), and issues certificates itself")
+
 func newVerifier(c configs.Identity, users *identity.Users) (*identity.Verifier, error) {
 	if !c.External() {
 		return identity.NewVerifier(c.CA, users, time.Now)
@@ -95,9 +98,9 @@ func serverWay(c *configs.Config, serverID, host string) string {
 
 // enterName enters a user of an external CA, who has his certificate from there.
 func (o *addOptions) enterName(cmd *cobra.Command, c *configs.Config) error {
-	for _, flag := range []string{"device", "valid", "out", "passphrase-file"} {
+	for _, flag := range []string{"device", "valid", "out", "passphrase-file", "request"} {
 		if cmd.Flags().Changed(flag) {
-			return usageError{fmt.Errorf("--%s: the CA is another's (identity.ca_key is empty), and issues certificates itself: leave it off", flag)}
+			return usageError{fmt.Errorf("--%s: %w: leave it off", flag, errExternal)}
 		}
 	}
 	return withUsers(cmd.Context(), c, func(us users) error {
