@@ -121,7 +121,7 @@ func checkKeys(_ context.Context, c *configs.Config) (string, error) {
 			return "", fmt.Errorf("%s has mode %04o: others may read it: chmod 600 %s", path, st.Mode().Perm(), path)
 		}
 	}
-	if err := checkSigner(id.CAKey); err != nil {
+	if err := checkSigner(id.CAKey); err != nil && !id.External() {
 		return "", err
 	}
 	for _, path := range []string{id.Master, id.WireGuardKey} {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -14,6 +15,9 @@ import (
 	"perimeterd/internal/identity"
 	"perimeterd/internal/session"
 )
+
+// errExternal is of what only the built-in CA does.
+var errExternal = errors.New("the CA is another's (identity.ca_key is empty), and issues certificates itself")
 
 func newVerifier(c configs.Identity, users *identity.Users) (*identity.Verifier, error) {
 	if !c.External() {
@@ -63,6 +67,11 @@ func checkExternal(c *configs.Config) (lines []line) {
 	if err != nil {
 		return []line{found(name, "", missing(err))}
 	}
+	for _, path := range []string{c.Identity.CA, c.Identity.Allowed} {
+		if st, err := os.Stat(path); err == nil && st.Mode().Perm()&0o002 != 0 {
+			lines = append(lines, line{"problem", name, fmt.Sprintf("%s has mode %04o: others may let themselves in: chmod o-w %s", path, st.Mode().Perm(), path)})
+		}
+	}
 	for _, p := range v.Problems() {
 		lines = append(lines, line{"problem", name, p.Text})
 	}
@@ -89,9 +98,9 @@ func serverWay(c *configs.Config, serverID, host string) string {
 
 // enterName enters a user of an external CA, who has his certificate from there.
 func (o *addOptions) enterName(cmd *cobra.Command, c *configs.Config) error {
-	for _, flag := range []string{"device", "valid", "out", "passphrase-file"} {
+	for _, flag := range []string{"device", "valid", "out", "passphrase-file", "request"} {
 		if cmd.Flags().Changed(flag) {
-			return usageError{fmt.Errorf("--%s: the CA is another's (identity.ca_key is empty), and issues certificates itself: leave it off", flag)}
+			return usageError{fmt.Errorf("--%s: %w: leave it off", flag, errExternal)}
 		}
 	}
 	return withUsers(cmd.Context(), c, func(us users) error {

@@ -56,7 +56,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	// While this process is still root's: a signer of its own becomes another user.
 	sign := newSigner(cfg, "--renewals")
 	defer sign.Close()
-	if err := sign.Connect(); err != nil {
+	if err := sign.Connect(); err != nil && !cfg.Identity.External() {
 		log.Warn("no certificate can be renewed", "err", err)
 	}
 	gid, err := daemonGroup()
@@ -200,6 +200,9 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		Configuration: changes,
 		Listed:        verifier.Listed,
 		Forget:        sign.Forget,
+	}
+	if cfg.Identity.External() {
+		operations.Forget = nil // nothing is renewed here
 	}
 
 	events := event.NewLog(log, event.StrangerLimits())

@@ -56,6 +56,9 @@ is none, the commands and the daemon start one of their own.`,
 					return err
 				}
 				ca, key, socket = c.Identity.CA, c.Identity.CAKey, c.SignerSocket()
+				if c.Identity.External() {
+					return usageError{errExternal}
+				}
 			}
 			log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
 			if quiet {
@@ -152,6 +155,9 @@ func signerRights(uid uint32) signer.Rights {
 // newSigner asks the signer's socket, or starts a signer where there is none.
 func newSigner(c *configs.Config, args ...string) *signer.Client {
 	return signer.NewClient(c.SignerSocket(), func() (*exec.Cmd, error) {
+		if c.Identity.External() {
+			return nil, errExternal
+		}
 		// Here, since a signer that ends at its start cannot say why.
 		if err := unix.Access(c.Identity.CAKey, unix.R_OK); errors.Is(err, fs.ErrPermission) {
 			return nil, fmt.Errorf("%s: %w: issuing a certificate needs the CA key: run it as root", c.Identity.CAKey, err)
@@ -187,6 +193,9 @@ func giveToSigner(key string) error {
 // from the signer.
 func forget(cmd *cobra.Command, us users, name, device string) {
 	c, err := loadConfig(cmd)
+	if err == nil && c.Identity.External() {
+		return // nothing is renewed here
+	}
 	if err == nil {
 		sign := newSigner(c, "--quiet")
 		defer sign.Close()

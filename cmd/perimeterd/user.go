@@ -64,7 +64,9 @@ func newUserAddCommand() *cobra.Command {
 
 The profile holds the user's key, certificate and knock secret. On a terminal a passphrase is asked for, which protects
 the whole file (age, scrypt); elsewhere --passphrase-file names a file with it in its first line, or there is none.
-A revoked user who is added again gets a new knock secret, and none of his old certificates back.`,
+A revoked user who is added again gets a new knock secret, and none of his old certificates back.
+
+Where the CA is another's (identity.ca_key is empty) it enters the name and the groups, and writes no profile.`,
 		Args: oneArgument("NAME", "alice"),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			o.name = args[0]

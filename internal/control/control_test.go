@@ -130,6 +130,36 @@ func TestRevokingAUserEndsHisSessionsAndNoOthers(t *testing.T) {
 	}
 }
 
+// An external CA's list may let in names that nobody entered here: revoking one keeps it out.
+func TestRevokingAUserWhomOnlyTheListKnowsEntersHimAsRevoked(t *testing.T) {
+	f, ctx := start(t), context.Background()
+	f.ops.Listed = func(name string) bool { return name == "alice" }
+	her, bob := f.begin(t, "alice", "1a2b", 1), f.begin(t, "bob", "3c4d", 2)
+	if _, err := f.RevokeUser(ctx, "bob", ""); err == nil || !strings.Contains(err.Error(), `user "bob" is not known here`) {
+		t.Fatal(err)
+	}
+	if _, err := f.RevokeUser(ctx, "alice", "1a2b"); err == nil {
+		t.Fatal("a device that is not known here was revoked")
+	}
+	u, err := f.RevokeUser(ctx, "alice", "")
+	if err != nil || u.Active() {
+		t.Fatalf("%+v %v", u, err)
+	}
+	if _, live := f.ops.Sessions.Get(her.ID); live {
+		t.Error("her session lives")
+	}
+	if _, live := f.ops.Sessions.Get(bob.ID); !live {
+		t.Error("bob's session ended")
+	}
+	all, err := f.ListUsers(ctx)
+	if err != nil || len(all) != 1 || all[0].Name != "alice" || all[0].Active() || all[0].Credential == 0 {
+		t.Errorf("%+v %v", all, err)
+	}
+	if u, err = f.AddUser(ctx, identity.Enrolment{Name: "alice", Groups: []string{"db"}}); err != nil || !u.Active() || u.Barred.IsZero() {
+		t.Errorf("%+v %v", u, err)
+	}
+}
+
 // A device is its certificate, whatever name its client gave the session.
 func TestRevokedDeviceLosesSessionsUnderAnyName(t *testing.T) {
 	f, ctx := start(t), context.Background()

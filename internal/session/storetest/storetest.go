@@ -53,6 +53,7 @@ func sample(n, c byte) session.Session {
 		Device:      "mac",
 		Groups:      []string{"operators", "all"},
 		Credential:  uint32(c),
+		Chain:       [][]byte{{0x30, c}, {0x30}},
 		Address:     netip.AddrFrom4([4]byte{10, 77, 1, n}),
 		Outer:       netip.MustParseAddr("2001:db8::1"),
 		Created:     start.Add(time.Duration(n) * time.Second),
