@@ -220,7 +220,7 @@ func TestKeysMayBeWrittenAsTOMLAllows(t *testing.T) {
 		t.Fatalf("%+v", c)
 	}
 	_, err := Parse("f", []byte("gate.endpoint = \"h:1\"\nsession = {limit = 0}\nknock.sequence = [\n{name = \"a\", ports = [\"1\"]}]\n"))
-	want := "f:2: session.limit 0: want 1 to 60000\nf:3: knock.sequence \"a\": 1 ports; a chance hit is likely: use at least 3"
+	want := "f:2: session.limit 0: want 1 to 60000\nf:3: knock.sequence \"a\": ports 1: fewer than 3, so a chance hit is likely: add more"
 	if err == nil || err.Error() != want {
 		t.Fatalf("got\n%v\nwant\n%s", err, want)
 	}

@@ -95,14 +95,15 @@ func FuzzParsePort(f *testing.F) {
 func TestValidateRefuses(t *testing.T) {
 	ok := Sequence{Name: "ok", Ports: ports(t, "7102", "19044/udp", "33127")}
 	for want, seqs := range map[string][]Sequence{
-		`knock.sequence number 1 has no name: give it one, the log shows it`:                                          {{Ports: ok.Ports}},
-		`knock.sequence "a": 2 ports; a chance hit is likely: use at least 3`:                                         {{Name: "a", Ports: ports(t, "7", "90")}},
-		`knock.sequence "a": port 7 stands in it twice; a repeated packet would be a knock: choose distinct ports`:    {{Name: "a", Ports: ports(t, "7", "90", "7")}},
-		`knock.sequence "a": port 1194 is used by a service here, whose traffic would be a knock: choose a free port`: {{Name: "a", Ports: ports(t, "7", "1194", "90")}},
-		`knock.sequence "ops": ports 7001,7002 are adjacent; a port scan would open it: choose ports in no order`:     {{Name: "ops", Ports: ports(t, "7001", "7002", "90")}},
-		`knock.sequence "ok": the name is used twice: choose another`:                                                 {ok, {Name: "ok", Ports: ports(t, "1", "3", "5")}},
-		`knock.sequence "long": "ok" begins "long"; the longer could never be completed: change one of them`:          {ok, {Name: "long", Ports: append(slices.Clone(ok.Ports), ports(t, "9")...)}},
-		`knock.sequence "ok": "short" begins "ok"; the longer could never be completed: change one of them`:           {{Name: "short", Ports: ports(t, "7102", "19044/udp", "33127")}, ok},
+		`knock.sequence number 1 has no name: give it one, the log shows it`:                                                         {{Ports: ok.Ports}},
+		`knock.sequence "a": ports 7,90: fewer than 3, so a chance hit is likely: add more`:                                          {{Name: "a", Ports: ports(t, "7", "90")}},
+		`knock.sequence "a": no ports: fewer than 3, so a chance hit is likely: add more`:                                            {{Name: "a"}},
+		`knock.sequence "a": port 7 stands in it twice; a repeated packet would be a knock: choose distinct ports`:                   {{Name: "a", Ports: ports(t, "7", "90", "7")}},
+		`knock.sequence "a": port 1194 is used by a service here, whose traffic would be a knock: choose a free port`:                {{Name: "a", Ports: ports(t, "7", "1194", "90")}},
+		`knock.sequence "ops": ports 7001,7002 are adjacent; a port scan would open it: choose ports in no order`:                    {{Name: "ops", Ports: ports(t, "7001", "7002", "90")}},
+		`knock.sequence "ok": the name is used twice: choose another`:                                                                {ok, {Name: "ok", Ports: ports(t, "1", "3", "5")}},
+		`knock.sequence "long": ports 7102,19044/udp,33127 of "ok" begin "long", which could never be completed: change one of them`: {ok, {Name: "long", Ports: append(slices.Clone(ok.Ports), ports(t, "9")...)}},
+		`knock.sequence "ok": ports 7102,19044/udp,33127 of "short" begin "ok", which could never be completed: change one of them`:  {{Name: "short", Ports: ports(t, "7102", "19044/udp", "33127")}, ok},
 	} {
 		err := Validate(seqs, ports(t, "1194"))
 		if err == nil || err.Error() != want {

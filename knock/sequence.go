@@ -82,7 +82,7 @@ func Validate(seqs []Sequence, taken []Port) error {
 			return fmt.Errorf("knock.sequence number %d has no name: give it one, the log shows it", i+1)
 		}
 		if len(s.Ports) < MinPorts {
-			return bad("%d ports; a chance hit is likely: use at least %d", len(s.Ports), MinPorts)
+			return bad("%s: fewer than %d, so a chance hit is likely: add more", list(s.Ports), MinPorts)
 		}
 		for j, p := range s.Ports {
 			if slices.Contains(s.Ports[:j], p) {
@@ -109,11 +109,23 @@ func Validate(seqs []Sequence, taken []Port) error {
 				short, long = long, short
 			}
 			if slices.Equal(short.Ports, long.Ports[:len(short.Ports)]) {
-				return bad("%q begins %q; the longer could never be completed: change one of them", short.Name, long.Name)
+				return bad("%s of %q begin %q, which could never be completed: change one of them", list(short.Ports), short.Name, long.Name)
 			}
 		}
 	}
 	return nil
+}
+
+// list names ports in an error.
+func list(ports []Port) string {
+	if len(ports) == 0 {
+		return "no ports"
+	}
+	var text []string
+	for _, p := range ports {
+		text = append(text, p.String())
+	}
+	return "ports " + strings.Join(text, ",")
 }
 
 func absDiff(a, b uint16) uint16 { return max(a, b) - min(a, b) }

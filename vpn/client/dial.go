@@ -14,8 +14,10 @@ import (
 )
 
 const (
-	// patience is how long the token may bring no answer before the sequence is knocked.
+	// patience is how long the token may bring no answer before it is sent again, and the sequence is knocked.
 	patience = 400 * time.Millisecond
+	// again is the pause between two knocks by token from then on.
+	again = time.Second
 	// stagger is the pause before a name's next address is tried as well (RFC 8305, 5).
 	stagger = 250 * time.Millisecond
 	// perEndpoint is what an endpoint gets while there is another after it.
@@ -162,6 +164,9 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 	source := udp.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
 
 	noToken := d.sendToken(tunnel, udp)
+	if noToken == nil {
+		d.progress("knock sent")
+	}
 	if noToken != nil && !errors.Is(noToken, ErrNoTokens) {
 		d.progress("no token knock: " + noToken.Error())
 	}
@@ -184,9 +189,17 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 			}
 		}
 		knocked := time.Now()
+		// A token that is lost is unspent, and one that is late is refused the second time: the same goes out again.
+		repeat := func() {
+			if ctx.Err() == nil && !errors.Is(noToken, ErrNoTokens) && d.sendToken(tunnel, udp) == nil {
+				sleepUntil(ctx, time.Now().Add(attempts[0]))
+			}
+			go attempt()
+		}
 		if noToken == nil || len(d.Profile.typed.sequence) == 0 {
 			burst(knocked)
 			sleepUntil(ctx, knocked.Add(patience))
+			repeat()
 		} else {
 			go attempt() // the door may be open from before; a packet to the gate disturbs no sequence
 		}
@@ -199,8 +212,8 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 			}
 		}
 		close(spent)
-		for next := time.Now().Add(time.Second); sleepUntil(ctx, next); next = next.Add(time.Second) {
-			go attempt()
+		for next := time.Now().Add(again); sleepUntil(ctx, next); next = next.Add(again) {
+			repeat()
 		}
 	}()
 
@@ -210,6 +223,7 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 		select {
 		case r := <-results:
 			if r.err == nil {
+				d.Tokens.Answered()
 				d.progress("gate open")
 				return r.conn, nil
 			}
@@ -234,7 +248,7 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 }
 
 func (d *Dialer) sendToken(to netip.AddrPort, own *net.UDPConn) error {
-	token, err := d.Tokens.Next(time.Now())
+	token, err := d.Tokens.Repeated(to.Addr(), time.Now())
 	if err != nil {
 		return err
 	}
@@ -242,9 +256,6 @@ func (d *Dialer) sendToken(to netip.AddrPort, own *net.UDPConn) error {
 		err = d.SendToken(token[:], to)
 	} else {
 		_, err = own.Write(token[:])
-	}
-	if err == nil {
-		d.progress("knock sent")
 	}
 	return ExplainSend(err)
 }

@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"perimeterd/knock"
@@ -18,7 +20,26 @@ type Tokens struct {
 	secret []byte
 	server knock.ServerID
 	step   time.Duration
+
+	mu      sync.Mutex
+	pending map[netip.Addr]*pending // by the address of the gate
 }
+
+// pending is a token that was sent and has brought no answer.
+type pending struct {
+	token knock.Token
+	step  int64 // when it was taken
+	sends int
+	taken int // tokens of that step, this one included
+}
+
+const (
+	// repeats is how often a token is sent before another is taken: a datagram that is lost leaves it as good as new, and one
+	// that is late is no different.
+	repeats = 3
+	// mostSilent is how many tokens of a step may be taken while no answer comes.
+	mostSilent = 2
+)
 
 // NewTokens opens the profile's token state. The file is named after the credential and not after the profile's file, so
 // that the same credential imported twice does not spend the same token twice.
@@ -71,6 +92,43 @@ func (t *Tokens) Next(now time.Time) (token knock.Token, err error) {
 		return token, fmt.Errorf("token state: %w", err)
 	}
 	return knock.NewToken(t.secret, t.server, s.step, index), nil
+}
+
+// Repeated spends a token, or gives the one again that was sent to this address of the gate before and has brought no answer. So silence,
+// however long, uses up half of a step's tokens, and leaves some for when the way is open.
+func (t *Tokens) Repeated(to netip.Addr, now time.Time) (knock.Token, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	p, step := t.pending[to], knock.StepAt(now, t.step)
+	if p == nil || step < p.step || step > p.step+1 { // none, or one that the gate does not hold any more
+		p = &pending{step: step}
+	}
+	if p.step != step {
+		p.taken = 0
+	}
+	if p.sends > 0 && (p.sends < repeats || p.taken >= mostSilent) {
+		p.sends++
+		return p.token, nil
+	}
+	token, err := t.Next(now)
+	switch {
+	case err == nil:
+		*p = pending{token, step, 1, p.taken + 1}
+	case p.sends == 0:
+		return token, err
+	}
+	if t.pending == nil {
+		t.pending = map[netip.Addr]*pending{}
+	}
+	t.pending[to] = p
+	return p.token, nil
+}
+
+// Answered says that the gate is open: what was sent to it may be spent.
+func (t *Tokens) Answered() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	clear(t.pending)
 }
 
 // spent is the latest step of which tokens were used, and a bit for each index used of it.

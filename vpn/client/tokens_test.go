@@ -3,6 +3,7 @@ package client
 import (
 	"bytes"
 	"errors"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -69,7 +70,7 @@ func TestKnocksOfSeveralProcessesNeverShareAToken(t *testing.T) {
 	var group sync.WaitGroup
 	for range 2 * knock.Indexes {
 		group.Go(func() {
-			other := *k // each opens the file for itself, as a process does
+			other := Tokens{file: k.file, secret: k.secret, server: k.server, step: k.step} // each opens the file for itself, as a process does
 			token, err := other.Next(now)
 			if err != nil {
 				t.Error(err)
@@ -112,5 +113,93 @@ func TestProfileWithoutSecretHasNoTokens(t *testing.T) {
 	k.secret = nil
 	if _, err := k.Next(time.Now()); !errors.Is(err, ErrNoTokens) {
 		t.Errorf("error %v", err)
+	}
+}
+
+// sender is a client that knocks into silence, and what the gate would make of it.
+type sender struct {
+	*Tokens
+	t    *testing.T
+	sent map[knock.Token]int
+}
+
+func (s *sender) knock(to netip.Addr, now time.Time) knock.Token {
+	s.t.Helper()
+	token, err := s.Repeated(to, now)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if !acceptedAt(s.Tokens, now)[token] {
+		s.t.Errorf("at %v: a token that the gate does not hold", now)
+	}
+	s.sent[token]++
+	return token
+}
+
+func TestSilenceUsesUpHalfOfAStepsTokens(t *testing.T) {
+	s := &sender{newTestTokens(t), t, map[knock.Token]int{}}
+	gate := netip.MustParseAddr("198.51.100.1")
+	began := time.Unix(1_800_000_000, 0) // a step's beginning
+	const steps = 5
+	for second := range steps * 30 {
+		s.knock(gate, began.Add(time.Duration(second)*time.Second))
+	}
+	if len(s.sent) > mostSilent*steps || len(s.sent) < steps {
+		t.Errorf("%d steps of silence used up %d tokens, want at most %d of each", steps, len(s.sent), mostSilent)
+	}
+	for token, n := range s.sent {
+		if n < repeats {
+			t.Errorf("token %x was sent %d times: once may be lost", token[:2], n)
+		}
+	}
+	// The way is open: there are tokens left for as many knocks as a step promises besides.
+	for i := range knock.Indexes {
+		if _, err := s.Next(began.Add(steps*30*time.Second - time.Second)); err != nil {
+			t.Errorf("knock %d after the silence: %v", i, err)
+		}
+	}
+}
+
+func TestAnsweredTokenIsNotSentAgain(t *testing.T) {
+	s := &sender{newTestTokens(t), t, map[knock.Token]int{}}
+	four, six := netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("2001:db8::1")
+	now := time.Unix(1_800_000_010, 0)
+	first := s.knock(four, now)
+	if again := s.knock(four, now.Add(time.Second)); again != first {
+		t.Error("another token after a second of silence")
+	}
+	if other := s.knock(six, now); other == first {
+		t.Error("one token for two addresses: it opens for one source")
+	}
+	s.Answered()
+	if next := s.knock(four, now.Add(2*time.Second)); next == first {
+		t.Error("the token that opened is sent again")
+	}
+	// A clock that is set back, and one that leaps.
+	s.knock(four, now.Add(-time.Hour))
+	s.knock(four, now.Add(time.Hour))
+}
+
+func TestExhaustedTokensAreRepeatedOrSaidToBe(t *testing.T) {
+	k := newTestTokens(t)
+	gate := netip.MustParseAddr("198.51.100.1")
+	now := time.Unix(1_800_000_010, 0)
+	first, err := k.Repeated(gate, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2*knock.Indexes - 1 {
+		if _, err := k.Next(now); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 * repeats {
+		if again, err := k.Repeated(gate, now); err != nil || again != first {
+			t.Errorf("%x, %v: want the one that is pending", again[:2], err)
+		}
+	}
+	var exhausted *ExhaustedError
+	if _, err := k.Repeated(netip.MustParseAddr("198.51.100.2"), now); !errors.As(err, &exhausted) {
+		t.Errorf("%v: want how long to wait", err)
 	}
 }

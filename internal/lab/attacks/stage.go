@@ -43,7 +43,7 @@ type stage struct {
 	friends  []*friend
 	walkers  []netip.Addr // addresses of the client for whoever knocks
 	walked   int
-	ports    []uint16 // of the sequence
+	ports    []uint16       // of the sequence
 	crowd    *roster.Roster // whose tokens the attacks use up
 	source   uint16
 }
