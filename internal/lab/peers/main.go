@@ -34,7 +34,15 @@ func main() {
 	defer stop()
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	if err := measure(ctx, *runs, *rounds, strings.Split(*only, ","), *results, *doc); err != nil {
+	err := measure(ctx, *runs, *rounds, strings.Split(*only, ","), *results, *doc)
+	switch {
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		fmt.Fprintf(os.Stderr, "bench-door: not done after %v, and given up: everything is cleaned up\n", limit)
+		os.Exit(1)
+	case ctx.Err() != nil:
+		fmt.Fprintln(os.Stderr, "bench-door: interrupted: everything is cleaned up")
+		os.Exit(130)
+	case err != nil:
 		fmt.Fprintln(os.Stderr, "bench-door:", err)
 		os.Exit(1)
 	}

@@ -125,7 +125,7 @@ The time from the system call that sends the last packet of a knock to the one t
 first SYN is sent right behind the knock, then one every %v. Every run has a new source address, and a SYN before the
 knock that must stay unanswered. Runs are interleaved: each door once, then each once more.
 
-| door | opened | by the SYN right behind the knock | median | 99 % are within | shortest, longest | against our token |
+| door | opened | by the SYN right behind the knock | median | 99 %% are within | shortest, longest | against our token |
 |---|---|---|---|---|---|---|
 `, synPace)
 	for _, l := range r.Latency {

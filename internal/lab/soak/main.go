@@ -25,7 +25,12 @@ func main() {
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := soak(ctx, *knocks, *rate, *users); err != nil {
+	err := soak(ctx, *knocks, *rate, *users)
+	if ctx.Err() != nil {
+		fmt.Fprintln(os.Stderr, "soak: interrupted: everything is cleaned up")
+		os.Exit(130)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "soak:", err)
 		os.Exit(1)
 	}
