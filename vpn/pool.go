@@ -25,6 +25,7 @@ type Pool struct {
 	byOwner  map[[32]byte][]netip.Addr
 	released []release // in order of time
 	last     map[netip.Addr]time.Time
+	reserved map[netip.Addr]bool
 }
 
 type release struct {
@@ -40,7 +41,7 @@ func NewPool(network netip.Prefix) *Pool {
 		last[i/8] |= 0x80 >> (i % 8)
 	}
 	return &Pool{next: network.Addr().Next().Next(), end: netip.AddrFrom4(last), owners: map[netip.Addr][32]byte{},
-		held: map[netip.Addr]bool{}, byOwner: map[[32]byte][]netip.Addr{}, last: map[netip.Addr]time.Time{}}
+		held: map[netip.Addr]bool{}, byOwner: map[[32]byte][]netip.Addr{}, last: map[netip.Addr]time.Time{}, reserved: map[netip.Addr]bool{}}
 }
 
 // Size is how many addresses network has for clients.
@@ -51,7 +52,7 @@ func (p *Pool) Take(owner [32]byte, now time.Time) (netip.Addr, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, a := range p.byOwner[owner] {
-		if !p.held[a] {
+		if !p.held[a] && !p.reserved[a] {
 			p.held[a] = true
 			return a, nil
 		}
@@ -59,7 +60,7 @@ func (p *Pool) Take(owner [32]byte, now time.Time) (netip.Addr, error) {
 	for p.next.Less(p.end) {
 		a := p.next
 		p.next = a.Next()
-		if _, used := p.owners[a]; !used { // Hold may have come first
+		if _, used := p.owners[a]; !used && !p.reserved[a] { // Hold may have come first
 			p.holdLocked(a, owner)
 			return a, nil
 		}
@@ -68,13 +69,46 @@ func (p *Pool) Take(owner [32]byte, now time.Time) (netip.Addr, error) {
 		r := p.released[0]
 		p.released = p.released[1:]
 		// Its owner may have come back since, and gone again later.
-		if a := r.address; !p.held[a] && p.last[a].Equal(r.at) {
+		if a := r.address; !p.held[a] && !p.reserved[a] && p.last[a].Equal(r.at) {
 			p.disownLocked(a)
 			p.holdLocked(a, owner)
 			return a, nil
 		}
 	}
 	return netip.Addr{}, ErrPoolEmpty
+}
+
+// Reserve makes these addresses, and no others, be had by TakeReserved alone. Whoever holds one keeps it until he releases it.
+func (p *Pool) Reserve(list []netip.Addr, now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	before := p.reserved
+	p.reserved = map[netip.Addr]bool{}
+	for _, a := range list {
+		p.reserved[a] = true
+		delete(before, a)
+	}
+	for a := range before {
+		// Everybody's again, after a rest: Take may have passed over it by now.
+		if !p.held[a] && a.Less(p.next) {
+			p.last[a] = now
+			p.released = append(p.released, release{a, now})
+		}
+	}
+}
+
+// TakeReserved holds a reserved address for owner, and says whether it could: somebody may hold it, or have released it less
+// than Quarantine ago.
+func (p *Pool) TakeReserved(a netip.Addr, owner [32]byte, now time.Time) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	before, had := p.owners[a]
+	if !p.reserved[a] || p.held[a] || had && before != owner && now.Sub(p.last[a]) < Quarantine {
+		return false
+	}
+	p.disownLocked(a)
+	p.holdLocked(a, owner)
+	return true
 }
 
 // Hold marks an address as owner's, for sessions that come back after a restart.

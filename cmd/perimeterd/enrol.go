@@ -35,12 +35,47 @@ type addOptions struct {
 	name, device, out, passphraseFile, requestFile string
 	groups                                         []string
 	valid                                          time.Duration
+	replace                                        bool // what the device has
 
-	request *identity.Request // of the key's holder; nil: the key is made here
+	deviceGiven bool
+	request     *identity.Request // of the key's holder; nil: the key is made here
+}
+
+// read takes the command line and the configuration.
+func (o *addOptions) read(cmd *cobra.Command, valid string) (c *configs.Config, err error) {
+	if o.valid, err = configs.ParseDuration(valid); err != nil {
+		return nil, usageError{fmt.Errorf("--valid %w", err)}
+	}
+	if o.valid <= 0 {
+		return nil, usageError{fmt.Errorf("--valid %q: want more than nothing, as in 12h or 90d", valid)}
+	}
+	o.deviceGiven = cmd.Flags().Changed("device")
+	if o.requestFile != "" {
+		if err := o.readRequest(); err != nil {
+			return nil, err
+		}
+	}
+	if err := o.checkNames(); err != nil {
+		return nil, usageError{err}
+	}
+	if o.out == "" {
+		o.out = o.name + ".profile"
+	}
+	return loadConfig(cmd)
+}
+
+// flags are those of every command that writes a profile.
+func (o *addOptions) flags(cmd *cobra.Command, valid *string) {
+	f := cmd.Flags()
+	f.StringVar(&o.device, "device", defaultDevice, "`NAME` that tells the user's devices apart")
+	f.StringVar(valid, "valid", "90d", "how long the certificate holds, as in 90d or 12h")
+	f.StringVar(&o.out, "out", "", "profile `FILE` to write (default NAME.profile)")
+	f.StringVar(&o.requestFile, "request", "", "sign the key of this request, `FILE` (PKCS #10), instead of making one")
+	f.StringVar(&o.passphraseFile, "passphrase-file", "", "`FILE` whose first line protects the profile")
 }
 
 // readRequest takes the key, and where no other was named the device, from --request. Other names in it are a mistake.
-func (o *addOptions) readRequest(deviceGiven bool) error {
+func (o *addOptions) readRequest() error {
 	f, err := os.Open(o.requestFile)
 	if err != nil {
 		return fmt.Errorf("--request: %w", err)
@@ -59,8 +94,8 @@ func (o *addOptions) readRequest(deviceGiven bool) error {
 	}
 	switch d := o.request.Device; {
 	case d == "":
-	case !deviceGiven:
-		o.device = d
+	case !o.deviceGiven:
+		o.device, o.deviceGiven = d, true
 	case d != o.device:
 		return fmt.Errorf("--request %s: it is for the device %q, not %q: leave --device off, or have it made anew: vpn enroll %s --device %s",
 			o.requestFile, d, o.device, o.name, o.device)
@@ -101,7 +136,7 @@ func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) (err error) {
 	}
 	sign := newSigner(c, "--quiet")
 	defer sign.Close()
-	cert, err := sign.Enrol(cmd.Context(), o.name, o.device, o.valid, csr.DER)
+	cert, err := sign.Enrol(cmd.Context(), o.name, o.device, o.replace, o.valid, csr.DER)
 	if err != nil {
 		return err
 	}
@@ -121,7 +156,7 @@ func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) (err error) {
 	}()
 	return withUsers(cmd.Context(), c, func(us users) error {
 		u, err := us.AddUser(cmd.Context(), identity.Enrolment{
-			Name: o.name, Groups: o.groups, Device: o.device, Key: csr.Key, NotAfter: cert.NotAfter,
+			Name: o.name, Groups: o.groups, Device: o.device, Key: csr.Key, NotAfter: cert.NotAfter, Replace: o.replace,
 		})
 		if err != nil {
 			return err
@@ -182,7 +217,11 @@ func (o *addOptions) takeBack(cmd *cobra.Command, us users, u identity.User) err
 
 func (o *addOptions) report(cmd *cobra.Command, end time.Time, protected bool) {
 	out := cmd.OutOrStdout()
-	fmt.Fprintf(out, "%s may come in until %s, with device %s.\n\n", o.name, end.Local().Format(time.DateOnly), o.device)
+	if o.replace {
+		fmt.Fprintf(out, "%s's device %s has a new certificate until %s. What it had opens nothing any more.\n\n", o.name, o.device, end.Local().Format(time.DateOnly))
+	} else {
+		fmt.Fprintf(out, "%s may come in until %s, with device %s.\n\n", o.name, end.Local().Format(time.DateOnly), o.device)
+	}
 	if o.request != nil {
 		fmt.Fprintf(out, "The key is %x: `vpn enroll` printed the same, or somebody changed the request on its way.\n\n", o.request.Key)
 	}

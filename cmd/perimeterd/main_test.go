@@ -58,7 +58,7 @@ func TestCommands(t *testing.T) {
 
 var (
 	day  = regexp.MustCompile(`\b\d{4}-\d\d-\d\d\b`)
-	key  = regexp.MustCompile(`\b[0-9a-f]{64}\b`)
+	key  = regexp.MustCompile(`\b([0-9a-f]{64}|[0-9a-f]{16})\b`)
 	port = regexp.MustCompile(`\b[1-9]\d{3,4}\b`)
 )
 

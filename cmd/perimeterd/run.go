@@ -159,6 +159,9 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	if err != nil {
 		return err
 	}
+	if err := reserve(api, users); err != nil {
+		return err
+	}
 	forward, err := proxy.New(cfg.Proxy, store, log)
 	if err != nil {
 		return err
@@ -178,6 +181,8 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	store.Watch(forward.SessionEvent)
 	store.Watch(api.SessionEvent)
 	store.Watch(metrics.SessionEvent)
+	seen := identity.NewSeen(db, log)
+	store.Watch(noteSeen(seen))
 	store.Watch(func(e session.Event) {
 		if e.Ended != "" {
 			log.Info("session ended", "session", e.Session.ID, "user", e.Session.User, "device", e.Session.Device, "reason", e.Ended)
@@ -195,7 +200,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 
 	changes := &changes{log: log, meta: meta, door: access, good: cfg, rest: func(c *configs.Config) error { return forward.Reload(c.Proxy) }}
 	operations := &control.Operations{Users: users, Sessions: store, Now: time.Now, Log: log,
-		UserChanged:   access.userChanged,
+		UserChanged:   func(name string) error { return errors.Join(reserve(api, users), access.userChanged(name)) },
 		Status:        statusOf(access.config, door, changes.problems, verifier.Problems),
 		Configuration: changes,
 		Listed:        verifier.Listed,
@@ -217,6 +222,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		})
 	})
 	g.Go(func() error { return events.Run(ctx) })
+	g.Go(func() error { return seen.Run(ctx) })
 	g.Go(func() error { return console.NewAlarm(door, log).Run(ctx) })
 	if cfg.Console.Metrics != "" {
 		g.Go(func() error { return console.Serve(ctx, cfg.Console.Metrics, registry) })

@@ -85,7 +85,7 @@ func TestSignerOnASocketThatSystemdPasses(t *testing.T) {
 	defer cmd.Process.Kill()
 	sign := signer.NewClient(run, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
 	ctx := context.Background()
-	cert, err := sign.Enrol(ctx, "alice", "mac", time.Hour, signingRequest(t, "alice"))
+	cert, err := sign.Enrol(ctx, "alice", "mac", false, time.Hour, signingRequest(t, "alice"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -96,7 +96,7 @@ func TestSignerOnASocketThatSystemdPasses(t *testing.T) {
 	if err := cmd.Process.Signal(syscall.SIGHUP); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := sign.Enrol(ctx, "bob", "mac", time.Hour, signingRequest(t, "bob")); err != nil {
+	if _, err := sign.Enrol(ctx, "bob", "mac", false, time.Hour, signingRequest(t, "bob")); err != nil {
 		t.Error(err)
 	}
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
@@ -127,7 +127,7 @@ func TestSignerOfTheDaemonEndsWithItAndComesBackIfItDies(t *testing.T) {
 		t.Fatal(err)
 	}
 	var refusal *signer.Refusal
-	if _, err := sign.Enrol(ctx, "mallory", "mac", time.Hour, signingRequest(t, "mallory")); !errors.As(err, &refusal) || refusal.Code != signer.Forbidden {
+	if _, err := sign.Enrol(ctx, "mallory", "mac", false, time.Hour, signingRequest(t, "mallory")); !errors.As(err, &refusal) || refusal.Code != signer.Forbidden {
 		t.Errorf("the daemon's signer enrols: %v", err)
 	}
 	if err := syscall.Kill(started[0].Process.Pid, syscall.SIGKILL); err != nil {

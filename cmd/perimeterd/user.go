@@ -13,7 +13,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"perimeterd/configs"
 	"perimeterd/internal/control"
 	"perimeterd/internal/identity"
 )
@@ -23,6 +22,7 @@ type users interface {
 	AddUser(context.Context, identity.Enrolment) (identity.User, error)
 	ListUsers(context.Context) ([]identity.User, error)
 	RevokeUser(ctx context.Context, name, device string) (identity.User, error)
+	SetUser(ctx context.Context, name string, c identity.Change) (control.Changed, error)
 }
 
 var (
@@ -33,7 +33,7 @@ var (
 func newUserCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "user",
-		Short: "Add, list and revoke users",
+		Short: "Add, show, change and revoke users",
 		Long: `Examples:
   perimeterd user add alice --group operators --device mac
   perimeterd user list
@@ -42,10 +42,10 @@ func newUserCommand() *cobra.Command {
 They work with the daemon running or stopped.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return usageError{errors.New("user: add, list or revoke?\nhint: `perimeterd user --help` shows how it is used")}
+			return usageError{errors.New("user: add, list, show, set, profile or revoke?\nhint: `perimeterd user --help` shows how it is used")}
 		},
 	}
-	cmd.AddCommand(newUserAddCommand(), newUserListCommand(), newUserRevokeCommand())
+	cmd.AddCommand(newUserAddCommand(), newUserListCommand(), newUserShowCommand(), newUserSetCommand(), newUserProfileCommand(), newUserRevokeCommand())
 	return cmd
 }
 
@@ -70,37 +70,15 @@ Where the CA is another's (identity.ca_key is empty) it enters the name and the 
 		Args: oneArgument("NAME", "alice"),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			o.name = args[0]
-			if o.valid, err = configs.ParseDuration(valid); err != nil {
-				return usageError{fmt.Errorf("--valid %w", err)}
-			}
-			if o.valid <= 0 {
-				return usageError{fmt.Errorf("--valid %q: want more than nothing, as in 12h or 90d", valid)}
-			}
-			if o.requestFile != "" {
-				if err := o.readRequest(cmd.Flags().Changed("device")); err != nil {
-					return err
-				}
-			}
-			if err := o.checkNames(); err != nil {
-				return usageError{err}
-			}
-			if o.out == "" {
-				o.out = o.name + ".profile"
-			}
-			c, err := loadConfig(cmd)
+			c, err := o.read(cmd, valid)
 			if err != nil {
 				return err
 			}
 			return o.run(cmd, c)
 		},
 	}
-	f := cmd.Flags()
-	f.StringArrayVar(&o.groups, "group", nil, "`GROUP` of the user; may be repeated")
-	f.StringVar(&o.device, "device", defaultDevice, "`NAME` that tells the user's devices apart")
-	f.StringVar(&valid, "valid", "90d", "how long the certificate holds, as in 90d or 12h")
-	f.StringVar(&o.out, "out", "", "profile `FILE` to write (default NAME.profile)")
-	f.StringVar(&o.requestFile, "request", "", "sign the key of this request, `FILE` (PKCS #10), instead of making one")
-	f.StringVar(&o.passphraseFile, "passphrase-file", "", "`FILE` whose first line protects the profile")
+	o.flags(cmd, &valid)
+	cmd.Flags().StringArrayVar(&o.groups, "group", nil, "`GROUP` of the user; may be repeated")
 	return cmd
 }
 
@@ -123,10 +101,14 @@ func newUserListCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
+				now := time.Now()
+				if _, err := insideNow(cmd.Context(), us, all, now); err != nil {
+					return err
+				}
 				if asJSON {
 					return printJSON(cmd.OutOrStdout(), all)
 				}
-				return printUsers(cmd.OutOrStdout(), all, time.Now())
+				return printUsers(cmd.OutOrStdout(), all, now)
 			})
 		},
 	}
@@ -136,7 +118,7 @@ func newUserListCommand() *cobra.Command {
 
 func printUsers(out io.Writer, all []identity.User, now time.Time) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "USER\tDEVICE\tGROUPS\tUNTIL\tSTATE")
+	fmt.Fprintln(w, "USER\tDEVICE\tGROUPS\tUNTIL\tLAST SEEN\tSTATE")
 	for _, u := range all {
 		groups := strings.Join(u.Groups, ",")
 		if groups == "" {
@@ -150,14 +132,7 @@ func printUsers(out io.Writer, all []identity.User, now time.Time) error {
 			fmt.Fprintf(w, "%s\t-\t%s\t-\t%s\n", u.Name, groups, state)
 		}
 		for _, d := range u.Devices {
-			state := "active"
-			switch {
-			case !d.Revoked.IsZero():
-				state = "revoked " + d.Revoked.Local().Format(time.DateOnly)
-			case !d.Active(now):
-				state = "expired"
-			}
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", u.Name, d.Name, groups, d.NotAfter.Local().Format(time.DateOnly), state)
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", u.Name, d.Name, groups, d.NotAfter.Local().Format(time.DateOnly), seenText(d, now), deviceState(d, now))
 		}
 	}
 	return w.Flush()

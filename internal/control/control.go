@@ -5,6 +5,7 @@
 //	GET    /v1/users                []identity.User
 //	POST   /v1/users                identity.Enrolment → identity.User
 //	POST   /v1/users/NAME/revoke    Revocation → identity.User
+//	POST   /v1/users/NAME/settings  identity.Change → Changed
 //	GET    /v1/sessions             []Session
 //	DELETE /v1/sessions/ID          ends it as kicked
 //	POST   /v1/configuration        Trial → Applied: takes up the file
@@ -98,8 +99,11 @@ func (o *Operations) AddUser(_ context.Context, e identity.Enrolment) (identity.
 	if err != nil {
 		return identity.User{}, err
 	}
-	o.Log.Info("user added", "user", u.Name, "device", e.Device, "groups", u.Groups, "credential", u.Credential)
-	return u, o.changed(u.Name)
+	o.Log.Info("user added", "user", u.Name, "device", e.Device, "groups", u.Groups, "credential", u.Credential, "replaces", e.Replace)
+	if e.Replace {
+		err = o.endReplaced(e)
+	}
+	return u, errors.Join(err, o.changed(u.Name))
 }
 
 // ListUsers is every user, revoked ones included.
@@ -223,6 +227,13 @@ func Handler(o *Operations) http.Handler {
 		}
 		return o.RevokeUser(r.Context(), r.PathValue("name"), v.Device)
 	})
+	handle("POST /v1/users/{name}/settings", func(r *http.Request) (any, error) {
+		var c identity.Change
+		if err := decode(r.Body, &c); err != nil {
+			return nil, err
+		}
+		return o.SetUser(r.Context(), r.PathValue("name"), c)
+	})
 	handle("GET /v1/sessions", func(*http.Request) (any, error) { return o.sessions(), nil })
 	handle("DELETE /v1/sessions/{id}", func(r *http.Request) (any, error) {
 		id, err := session.ParseID(r.PathValue("id"))
@@ -259,7 +270,7 @@ func apiError(err error) *vpn.APIError {
 		return &vpn.APIError{Status: http.StatusNotFound, Code: vpn.CodeNotFound, Message: err.Error()}
 	case errors.Is(err, identity.ErrUserExists):
 		return &vpn.APIError{Status: http.StatusConflict, Code: codeExists, Message: err.Error()}
-	case errors.Is(err, identity.ErrName):
+	case errors.Is(err, identity.ErrName), errors.Is(err, identity.ErrSetting):
 		return &vpn.APIError{Status: http.StatusBadRequest, Code: vpn.CodeBadRequest, Message: err.Error()}
 	}
 	// Operators own this host: they may read causes.

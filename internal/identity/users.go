@@ -15,6 +15,8 @@ import (
 var (
 	// ErrName is wrapped by errors about the form of a name.
 	ErrName = errors.New("not a name")
+	// ErrSetting is wrapped where a setting has a value that cannot be.
+	ErrSetting = errors.New("not possible")
 	// ErrNoUser is wrapped when a user or device does not exist.
 	ErrNoUser = errors.New("not known here")
 	// ErrUserExists is wrapped when what should be added is there already.
@@ -23,6 +25,9 @@ var (
 
 // maxDevices bounds a user's record, revoked devices included: it is read at every handshake.
 const maxDevices = 256
+
+// Renewals is how long after the enrolment certificates are renewed at most.
+const Renewals = 365 * 24 * time.Hour
 
 // KeyHash is the SHA-256 of a public key (SubjectPublicKeyInfo), hexadecimal as text.
 type KeyHash [32]byte
@@ -48,8 +53,9 @@ type User struct {
 	Revoked    time.Time `json:"revoked,omitzero"`
 	// Barred is when he was last revoked, if he was let in again since: of an external authority's certificates, which the
 	// store does not know, those issued before are not his any more.
-	Barred  time.Time `json:"barred,omitzero"`
-	Devices []Device  `json:"devices"` // oldest first, revoked ones included; of an external authority's, those entered here
+	Barred time.Time `json:"barred,omitzero"`
+	Settings
+	Devices []Device `json:"devices"` // oldest first, revoked ones included; of an external authority's, those entered here
 }
 
 // Device is one certificate of a user.
@@ -59,6 +65,7 @@ type Device struct {
 	NotAfter time.Time `json:"not_after"`
 	Created  time.Time `json:"created"`
 	Revoked  time.Time `json:"revoked,omitzero"`
+	LastSeen time.Time `json:"last_seen,omitzero"` // for lists: as Seen recorded it
 }
 
 // Active says whether the user is not revoked. Whether a certificate still holds is the device's matter.
@@ -75,6 +82,7 @@ type Enrolment struct {
 	Device   string    `json:"device"`
 	Key      KeyHash   `json:"key"`
 	NotAfter time.Time `json:"not_after"`
+	Replace  bool      `json:"replace,omitempty"` // of a device that an active user has: its certificates are revoked
 }
 
 func (e *Enrolment) nameAlone() bool {
@@ -97,6 +105,11 @@ func (s *Users) Add(e Enrolment, now time.Time) (u User, err error) {
 		var known bool
 		if u, known, err = get(tx, e.Name); err != nil {
 			return err
+		}
+		if e.Replace {
+			if err := u.retire(e, now); err != nil {
+				return err
+			}
 		}
 		switch {
 		case !known:
@@ -135,19 +148,42 @@ func (s *Users) Add(e Enrolment, now time.Time) (u User, err error) {
 	return u, nil
 }
 
+// retire revokes the certificates of a device that is about to get another.
+func (u *User) retire(e Enrolment, now time.Time) error {
+	known := false
+	for i := range u.Devices {
+		if d := &u.Devices[i]; d.Name == e.Device {
+			known = true
+			if d.Revoked.IsZero() {
+				d.Revoked = now
+			}
+		}
+	}
+	if !known || !u.Active() {
+		return fmt.Errorf("user %q with device %q is %w, or revoked: `perimeterd user add` enters him", e.Name, e.Device, ErrNoUser)
+	}
+	return nil
+}
+
 // unusedKey refuses a key that somebody has, or had, a certificate for: it stands for one certificate.
 func unusedKey(tx *bolt.Tx, key KeyHash) error {
-	return tx.Bucket(bucketUsers).ForEach(func(k, v []byte) error {
-		u, err := decode(k, v)
-		if err != nil {
-			return err
-		}
+	return each(tx, func(u User) error {
 		for _, d := range u.Devices {
 			if d.Key == key {
 				return fmt.Errorf("user %q: this key %w, as device %q: make a new one", u.Name, ErrUserExists, d.Name)
 			}
 		}
 		return nil
+	})
+}
+
+func each(tx *bolt.Tx, fn func(User) error) error {
+	return tx.Bucket(bucketUsers).ForEach(func(k, v []byte) error {
+		u, err := decode(k, v)
+		if err != nil {
+			return err
+		}
+		return fn(u)
 	})
 }
 
@@ -158,13 +194,8 @@ func (e *Enrolment) check(now time.Time) error {
 	if err := CheckName("device", e.Device); err != nil && !e.nameAlone() {
 		return err
 	}
-	if len(e.Groups) > 64 {
-		return fmt.Errorf("user %q: %w: %d groups, at most 64", e.Name, ErrName, len(e.Groups))
-	}
-	for _, g := range e.Groups {
-		if err := CheckName("group", g); err != nil {
-			return err
-		}
+	if err := checkGroups(e.Name, e.Groups); err != nil {
+		return err
 	}
 	if e.Groups == nil {
 		e.Groups = []string{}
@@ -192,10 +223,12 @@ func (s *Users) Get(name string) (u User, err error) {
 // List is every user, revoked ones included, by name.
 func (s *Users) List() (all []User, err error) {
 	err = s.db.View(func(tx *bolt.Tx) error {
-		return tx.Bucket(bucketUsers).ForEach(func(k, v []byte) error {
-			u, err := decode(k, v)
+		return each(tx, func(u User) error {
+			for i := range u.Devices {
+				u.Devices[i].LastSeen = lastSeen(tx, u.Devices[i].Key)
+			}
 			all = append(all, u)
-			return err
+			return nil
 		})
 	})
 	return all, err

@@ -18,6 +18,7 @@ type Identity struct {
 	Certificate [32]byte // SHA-256 of the certificate's public key (SubjectPublicKeyInfo)
 	NotAfter    time.Time
 	Chain       [][]byte // DER, the certificate first and what leads from it to an authority after it: for Again
+	Settings    Settings
 }
 
 // Code says why a certificate was refused. Codes are stable: logs, metrics and the audit show them.
@@ -188,7 +189,7 @@ func (v *Verifier) judge(leaf *x509.Certificate, others []*x509.Certificate) (Id
 	default:
 		device = serialKey(leaf.SerialNumber)
 	}
-	id := Identity{User: u.Name, Device: device, Groups: u.Groups, Credential: u.Credential, Certificate: key}
+	id := Identity{User: u.Name, Device: device, Groups: u.Groups, Credential: u.Credential, Certificate: key, Settings: u.Settings}
 	id.Chain, id.NotAfter = longest(chains)
 	return id, nil
 }

@@ -76,6 +76,7 @@ const (
 	Replaced Reason = "replaced" // the certificate opened more than session.devices
 	Revoked  Reason = "revoked"  // user, device or certificate revoked, or not let in any more
 	Kicked   Reason = "kicked"   // by an operator
+	Changed  Reason = "changed"  // the user's groups or settings did: his next session has the new ones
 )
 
 // Event is a change of the set of live sessions. Ended is empty when the session begins.

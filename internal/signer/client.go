@@ -92,9 +92,10 @@ func (c *Client) Close() error {
 	return err
 }
 
-// Enrol issues a user's certificate for one device. Of the request (PKCS #10, DER or PEM) only the key counts.
-func (c *Client) Enrol(ctx context.Context, name, device string, validity time.Duration, csr []byte) (*x509.Certificate, error) {
-	return c.sign(ctx, request{Op: opEnrol, Name: name, Device: device, Seconds: int64(validity / time.Second), Request: csr})
+// Enrol issues a user's certificate for one device. Of the request (PKCS #10, DER or PEM) only the key counts. With replace the
+// device's certificates so far are not renewed any more.
+func (c *Client) Enrol(ctx context.Context, name, device string, replace bool, validity time.Duration, csr []byte) (*x509.Certificate, error) {
+	return c.sign(ctx, request{Op: opEnrol, Name: name, Device: device, Replace: replace, Seconds: int64(validity / time.Second), Request: csr})
 }
 
 // Server issues the gate's certificate.

@@ -25,6 +25,7 @@ type request struct {
 	Name        string `json:"name,omitempty"`        // enrol, forget: the user
 	Device      string `json:"device,omitempty"`      // enrol; forget: empty for all of them
 	Seconds     int64  `json:"seconds,omitempty"`     // enrol: how long the certificate holds
+	Replace     bool   `json:"replace,omitempty"`     // enrol: what the device has is not renewed any more
 	Request     []byte `json:"request,omitempty"`     // enrol, server, renew: PKCS #10
 	Certificate []byte `json:"certificate,omitempty"` // renew: the old one, DER
 	Proof       []byte `json:"proof,omitempty"`       // renew: by its key

@@ -19,9 +19,6 @@ import (
 	"perimeterd/vpn"
 )
 
-// longest is how long after the enrolment a certificate may be renewed at most.
-const longest = 365 * 24 * time.Hour
-
 // maxSeconds is a century, less than a time.Duration holds.
 const maxSeconds = 100 * 365 * 24 * 3600
 
@@ -126,7 +123,7 @@ func (s *Signer) locked(req request, now time.Time) (cert *x509.Certificate, err
 		if req.Seconds < 1 || req.Seconds > maxSeconds {
 			return nil, refuse(BadRequest, "%d seconds of validity: want 1 to %d", req.Seconds, maxSeconds)
 		}
-		return enrol(ca, known, csr, req.Name, req.Device, time.Duration(req.Seconds)*time.Second, now)
+		return enrol(ca, known, csr, req, now)
 	case opServer:
 		if id, err := hex.DecodeString(req.ServerID); err != nil || len(id) != 16 || req.Host == "" || len(req.Host) > 253 {
 			return nil, refuse(BadRequest, "server id %q, host %q: want 32 hexadecimal digits, and a name or an address", req.ServerID, req.Host)
@@ -143,20 +140,23 @@ func (s *Signer) locked(req request, now time.Time) (cert *x509.Certificate, err
 }
 
 // enrol issues a user's certificate, from which renewals start.
-func enrol(ca *identity.CA, known record, csr *identity.Request, name, device string, validity time.Duration, now time.Time) (*x509.Certificate, error) {
-	cert, err := ca.SignClient(csr.PublicKey, name, device, now.Add(validity), now)
+func enrol(ca *identity.CA, known record, csr *identity.Request, req request, now time.Time) (*x509.Certificate, error) {
+	cert, err := ca.SignClient(csr.PublicKey, req.Name, req.Device, now.Add(time.Duration(req.Seconds)*time.Second), now)
 	if err != nil {
 		return nil, refuse(BadRequest, "%v", err)
 	}
-	list, err := known.read(name)
+	list, err := known.read(req.Name)
 	if err != nil {
 		return nil, err
 	}
 	if slices.ContainsFunc(list, func(c certificate) bool { return c.Key == csr.Key }) {
-		return nil, refuse(BadRequest, "user %q has a certificate with this key already: make a new key", name)
+		return nil, refuse(BadRequest, "user %q has a certificate with this key already: make a new key", req.Name)
+	}
+	if req.Replace {
+		list = slices.DeleteFunc(list, func(c certificate) bool { return c.Device == req.Device })
 	}
 	// Nothing leaves before it is on disk.
-	return cert, known.write(name, append(list, certificate{Device: device, Key: csr.Key, Enrolled: now, NotAfter: cert.NotAfter}), now)
+	return cert, known.write(req.Name, append(list, certificate{Device: req.Device, Key: csr.Key, Enrolled: now, NotAfter: cert.NotAfter}), now)
 }
 
 // forget takes a user's certificates, or those of one device, out of what may be renewed.
@@ -228,7 +228,7 @@ func renew(ca *identity.CA, known record, csr *identity.Request, old *x509.Certi
 		return nil, refuse(TooEarly, "the certificate may be renewed from %s on", from.UTC().Format(time.RFC3339))
 	}
 	end := now.Add(identity.Validity(old)).Truncate(time.Second)
-	for _, limit := range []time.Time{was.Enrolled.Add(longest).Truncate(time.Second), ca.Certificate.NotAfter} {
+	for _, limit := range []time.Time{was.Enrolled.Add(identity.Renewals).Truncate(time.Second), ca.Certificate.NotAfter} {
 		if limit.Before(end) {
 			end = limit
 		}

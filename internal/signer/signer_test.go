@@ -545,7 +545,7 @@ func askAs(socket string) int {
 		return 3
 	}
 	c := NewClient(socket, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
-	if _, err := c.Enrol(context.Background(), "mallory", "mac", time.Hour, der.DER); err == nil {
+	if _, err := c.Enrol(context.Background(), "mallory", "mac", false, time.Hour, der.DER); err == nil {
 		return 0
 	}
 	var refusal *Refusal
@@ -641,7 +641,7 @@ func TestAStalledCallerStopsNobody(t *testing.T) {
 		c.Close()
 	}
 	c := NewClient(socket, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
-	if _, err := c.Enrol(context.Background(), "alice", "mac", time.Hour, csr(t, newKey(t), "alice")); err != nil {
+	if _, err := c.Enrol(context.Background(), "alice", "mac", false, time.Hour, csr(t, newKey(t), "alice")); err != nil {
 		t.Error(err)
 	}
 	cancel()

@@ -97,8 +97,13 @@ func (g *Gate) post(w http.ResponseWriter, r *http.Request, id identity.Identity
 		return err
 	}
 	// A revocation that came between the check and the session found no session to end.
-	if _, err := g.verifier.Identify(*r.TLS); err != nil {
+	now, err := g.verifier.Identify(*r.TLS)
+	if err != nil {
 		return errors.Join(err, g.store.End(s.ID, session.Revoked))
+	}
+	if !slices.Equal(now.Groups, id.Groups) || now.Settings != id.Settings { // the same of a change
+		return errors.Join(&vpn.APIError{Code: vpn.CodeRate, Message: "what the user may do changes just now", Fix: "ask again", RetryAfter: 1},
+			g.store.End(s.ID, session.Changed))
 	}
 	reply := g.reply(s)
 	reply.PresharedKey = s.PresharedKey[:]
@@ -126,7 +131,10 @@ func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source
 		return session.Session{}, &vpn.APIError{Code: vpn.CodeLimit, Message: fmt.Sprintf("%d sessions are live, and session.limit is %d", live, g.cfg.Limit),
 			Fix: "try again later", RetryAfter: 60}
 	}
-	address, err := g.pool.Take(id.Certificate, now)
+	address, err := g.address(id, now)
+	if err != nil && !errors.Is(err, vpn.ErrPoolEmpty) {
+		return session.Session{}, err
+	}
 	if err != nil {
 		return session.Session{}, &vpn.APIError{Code: vpn.CodePool, Message: err.Error(), Fix: "try again later", RetryAfter: int(vpn.Quarantine.Seconds())}
 	}
@@ -134,7 +142,7 @@ func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source
 	if device == "" {
 		device = req.Device
 	}
-	expires := now.Add(g.cfg.Max)
+	expires := now.Add(id.Settings.Max(g.cfg.Max))
 	if id.NotAfter.Before(expires) {
 		expires = id.NotAfter
 	}
@@ -151,7 +159,7 @@ func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source
 		return s, err
 	}
 	// Only now that the new one is there may it replace another.
-	for ; len(own) >= g.cfg.Devices; own = own[1:] {
+	for own, limit := g.of(id), id.Settings.Limit(g.cfg.Devices); len(own) > limit; own = own[1:] {
 		if err := g.store.End(own[0].ID, session.Replaced); err != nil && !errors.Is(err, session.ErrNotFound) {
 			return s, errors.Join(err, g.store.End(s.ID, session.Deleted))
 		}

@@ -82,6 +82,7 @@ type bench struct {
 	users    *identity.Users
 	store    *session.Bolt
 	tunnel   *Tunnel
+	gate     *Gate
 	tun      *tuntest.ChannelTUN
 	door     *openDoor
 	address  string
@@ -164,6 +165,7 @@ func newBench(t *testing.T, change func(*Config)) *bench {
 	b.startTunnel()
 	g, err := New(b.cfg, func(netip.Addr) bool { return false }, b.serverWG, cert, verifier, b.store, b.tunnel, b.log)
 	must(err)
+	b.gate = g
 	b.store.Watch(g.SessionEvent)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(err)

@@ -68,8 +68,8 @@ func mint(socket string) error {
 		return err
 	}
 	attempts := map[string]func() error{
-		"a new name":         func() error { _, err := sign.Enrol(ctx, "mallory", "mac", time.Hour, csr.DER); return err },
-		"alice once more":    func() error { _, err := sign.Enrol(ctx, "alice", "default", time.Hour, csr.DER); return err },
+		"a new name":         func() error { _, err := sign.Enrol(ctx, "mallory", "mac", false, time.Hour, csr.DER); return err },
+		"alice once more":    func() error { _, err := sign.Enrol(ctx, "alice", "default", false, time.Hour, csr.DER); return err },
 		"a gate certificate": func() error { _, err := sign.Server(ctx, strings.Repeat("ab", 16), "bastion", csr.DER); return err },
 		"alice's renewal":    func() error { _, err := sign.Renew(ctx, alice, csr.DER, proof); return err },
 		"the CA key":         func() error { _, err := os.ReadFile(os.Getenv("PKI") + "/ca.key"); return err },

@@ -1,0 +1,52 @@
+package gate
+
+import (
+	"crypto/sha256"
+	"errors"
+	"net/netip"
+	"time"
+
+	"perimeterd/internal/identity"
+	"perimeterd/internal/session"
+)
+
+// Reserve makes addresses be those of users, and nobody else's.
+func (g *Gate) Reserve(users map[netip.Addr]string) {
+	g.begin.Lock()
+	defer g.begin.Unlock()
+	var list []netip.Addr
+	for a := range users {
+		if g.cfg.Network.Contains(a) {
+			list = append(list, a)
+		}
+	}
+	g.pool.Reserve(list, time.Now())
+	for _, s := range g.store.List() {
+		if users[s.Address] == s.User {
+			g.pool.Hold(s.Address, userKey(s.User)) // or its owner after a restart would be the certificate, and the user another
+		}
+	}
+}
+
+// userKey owns an address that a user's certificates share, one after another.
+func userKey(name string) [32]byte { return sha256.Sum256([]byte("user " + name)) }
+
+// address takes one for a new session: the user's own where he has one. A session of the same certificate that holds it
+// gives it up first, since a client that renews its session should keep the address. While another device of his holds it, or
+// it rests after another user, the session gets one of the pool.
+func (g *Gate) address(id identity.Identity, now time.Time) (netip.Addr, error) {
+	own := id.Settings.Address
+	if !own.IsValid() {
+		return g.pool.Take(id.Certificate, now)
+	}
+	if s, held := g.store.ByAddress(own); held && s.Certificate == id.Certificate {
+		if err := g.store.End(s.ID, session.Replaced); err != nil && !errors.Is(err, session.ErrNotFound) {
+			return netip.Addr{}, err
+		}
+	}
+	if g.pool.TakeReserved(own, userKey(id.User), now) {
+		return own, nil
+	}
+	g.log.Info("the user's own address is not free: the session gets another", "user", id.User, "address", own)
+	return g.pool.Take(id.Certificate, now)
+}

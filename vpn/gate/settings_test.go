@@ -1,0 +1,66 @@
+package gate
+
+import (
+	"net/http"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"perimeterd/internal/identity"
+)
+
+func TestAUsersOwnSettingsGoBeforeEverybodys(t *testing.T) {
+	b := newBench(t, nil) // two sessions a certificate, of 12 hours
+	alice, other, bob := b.user("alice", "mac", 24*time.Hour), b.user("alice", "desk", 24*time.Hour), b.user("bob", "mac", 24*time.Hour)
+	own, one, max := netip.MustParseAddr("10.77.0.3"), 1, int64(3600)
+	if _, _, err := b.users.Set("alice", identity.Change{Address: &own, Sessions: &one, SessionMax: &max}); err != nil {
+		t.Fatal(err)
+	}
+	b.gate.Reserve(map[netip.Addr]string{own: "alice"})
+	post := func(c *http.Client) netip.Addr {
+		t.Helper()
+		_, public := keyPair(t)
+		return b.post(c, public).Address.Addr()
+	}
+	var bobs []netip.Addr
+	for range 2 {
+		bobs = append(bobs, post(bob))
+	}
+	if slices.Contains(bobs, own) {
+		t.Errorf("bob has %v, alice's own among them", bobs)
+	}
+	if got := post(alice); got != own {
+		t.Errorf("alice has %v, want her own", got)
+	}
+	if got := post(alice); got != own {
+		t.Errorf("her next session has %v, want the same: it replaces the first", got)
+	}
+	if got := post(other); got == own {
+		t.Error("her second device took the address from the first")
+	}
+	var live []string
+	for _, s := range b.store.List() {
+		if s.User == "alice" {
+			live = append(live, s.Device)
+			if left := s.Expires.Sub(s.Created); left != time.Hour {
+				t.Errorf("a session of %v, want an hour", left)
+			}
+		}
+	}
+	if !slices.Equal(live, []string{"mac", "desk"}) {
+		t.Errorf("alice's live sessions: %v", live)
+	}
+	post(other)
+	if n := len(b.store.List()); n != 4 {
+		t.Errorf("%d live sessions: a second one of a device replaces the first", n)
+	}
+	// After a restart the address is still hers, although it was held by her certificate only.
+	for _, s := range b.store.List() {
+		b.gate.pool.Hold(s.Address, s.Certificate)
+	}
+	b.gate.Reserve(map[netip.Addr]string{own: "alice"})
+	if got := post(alice); got != own {
+		t.Errorf("then alice has %v", got)
+	}
+}
