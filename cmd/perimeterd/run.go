@@ -164,6 +164,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		return err
 	}
 	api.Count(metrics.GateRequest)
+	api.Track(forward.Connections)
 	forward.Watch(metrics.Access)
 	if err := metrics.Ask(console.Sources{Sets: door, Owned: door.Owned, Pending: tunnel.Pending, Connections: forward.Live}); err != nil {
 		return err
@@ -195,7 +196,10 @@ func run(ctx context.Context, cfg *configs.Config) error {
 
 	changes := &changes{log: log, meta: meta, door: access, good: cfg, rest: func(c *configs.Config) error { return forward.Reload(c.Proxy) }}
 	operations := &control.Operations{Users: users, Sessions: store, Now: time.Now, Log: log,
-		UserChanged:   access.userChanged,
+		UserChanged: func(name string) error {
+			defer api.CutRefused()
+			return access.userChanged(name)
+		},
 		Status:        statusOf(access.config, door, changes.problems, verifier.Problems),
 		Configuration: changes,
 		Listed:        verifier.Listed,
@@ -219,6 +223,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		g.Go(func() error { return console.Serve(ctx, cfg.Console.Metrics, registry) })
 	}
 	g.Go(func() error { return door.Watch(ctx, refill) })
+	g.Go(func() error { return door.Forget(ctx) })
 	if cfg.Knock.Tokens {
 		g.Go(func() error { return tokens.Run(ctx) })
 	}

@@ -91,6 +91,7 @@ type bench struct {
 	db       *bolt.DB
 	log      *slog.Logger
 	stop     func() // of the tunnel
+	gate     *Gate
 	now      func() time.Time
 }
 
@@ -164,6 +165,7 @@ func newBench(t *testing.T, change func(*Config)) *bench {
 	b.startTunnel()
 	g, err := New(b.cfg, func(netip.Addr) bool { return false }, b.serverWG, cert, verifier, b.store, b.tunnel, b.log)
 	must(err)
+	b.gate = g
 	b.store.Watch(g.SessionEvent)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(err)
@@ -585,7 +587,7 @@ func TestSessionsOfOneCertificateArePaced(t *testing.T) {
 }
 
 func TestConnectionsAreCappedAndSomeReservedForTokens(t *testing.T) {
-	l := newCapped(nil, func(a netip.Addr) bool { return a == netip.MustParseAddr("192.0.2.1") })
+	l := newCapped(nil, func(a netip.Addr) bool { return a == netip.MustParseAddr("192.0.2.1") }, &callers{})
 	took := func(a string) bool { return l.take(netip.MustParseAddr(a)) }
 	n := 0
 	for took("192.0.2.9") {
