@@ -36,12 +36,13 @@ type Firewall struct {
 	handles [32]byte // of the table and its sets, as last applied
 	restore bool     // what the sets hold is not what the mirror says
 	next    *next    // on trial; nil: nothing is
+	gone    departed
 }
 
 // New makes a Firewall; it changes nothing until Apply. Netns is a file descriptor of the network namespace to work in,
 // 0 for the caller's own.
 func New(log *slog.Logger, netns int) *Firewall {
-	return &Firewall{log: log, netns: netns, counter: uncounted{}, state: newMirror()}
+	return &Firewall{log: log, netns: netns, counter: uncounted{}, state: newMirror(), gone: newDeparted()}
 }
 
 // Apply makes the table hold what cfg says, in one atomic batch that touches no other table. Windows, tokens, spent

@@ -24,7 +24,10 @@ func named(name string) *nftables.Set {
 // Admit lets a tunnel address through to proxy and console until the time given, and to further TCP ports of the daemon's
 // tunnel address.
 func (f *Firewall) Admit(a netip.Addr, services []uint16, until time.Time) error {
-	return f.change(func() { f.state.admitted[a] = admission{services, until} }, func(c *nftables.Conn, now time.Time) error {
+	return f.change(func() {
+		f.state.admitted[a] = admission{services, until}
+		delete(f.gone.addresses, a)
+	}, func(c *nftables.Conn, now time.Time) error {
 		for _, port := range services {
 			if err := renew(c, "service", nftables.SetElement{Key: service(a, port), Timeout: until.Sub(now)}); err != nil {
 				return err
@@ -34,10 +37,15 @@ func (f *Firewall) Admit(a netip.Addr, services []uint16, until time.Time) error
 	})
 }
 
-// Dismiss takes Admit back. An address that is not admitted is no error.
+// Dismiss takes Admit back. An address that is not admitted is no error. Forget does the rest.
 func (f *Firewall) Dismiss(a netip.Addr) error {
 	var services []uint16
-	return f.take(func() { services = f.state.admitted[a].services; delete(f.state.admitted, a) }, func(c *nftables.Conn) error {
+	defer f.gone.wake()
+	return f.take(func() {
+		services = f.state.admitted[a].services
+		delete(f.state.admitted, a)
+		f.gone.addresses[a] = len(services) > 0
+	}, func(c *nftables.Conn) error {
 		for _, port := range services {
 			if err := remove(c, "service", nftables.SetElement{Key: service(a, port)}); err != nil {
 				return err
@@ -50,15 +58,22 @@ func (f *Firewall) Dismiss(a netip.Addr) error {
 // AddPeer lets UDP from an authenticated endpoint reach the tunnel without a window, until the time given.
 func (f *Firewall) AddPeer(p netip.AddrPort, until time.Time) error {
 	set, key := peer(p)
-	return f.change(func() { f.state.peers[p] = until }, func(c *nftables.Conn, now time.Time) error {
+	return f.change(func() {
+		f.state.peers[p] = until
+		delete(f.gone.endpoints, p)
+	}, func(c *nftables.Conn, now time.Time) error {
 		return renew(c, set, nftables.SetElement{Key: key, Timeout: until.Sub(now)})
 	})
 }
 
-// RemovePeer takes AddPeer back. An endpoint that is not there is no error.
+// RemovePeer takes AddPeer back. An endpoint that is not there is no error. Forget does the rest.
 func (f *Firewall) RemovePeer(p netip.AddrPort) error {
 	set, key := peer(p)
-	return f.take(func() { delete(f.state.peers, p) }, func(c *nftables.Conn) error {
+	defer f.gone.wake()
+	return f.take(func() {
+		delete(f.state.peers, p)
+		f.gone.endpoints[p] = true
+	}, func(c *nftables.Conn) error {
 		return remove(c, set, nftables.SetElement{Key: key})
 	})
 }

@@ -167,6 +167,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		return err
 	}
 	api.Count(metrics.GateRequest)
+	api.Track(forward.Connections)
 	forward.Watch(metrics.Access)
 	if err := metrics.Ask(console.Sources{Sets: door, Owned: door.Owned, Pending: tunnel.Pending, Connections: forward.Live}); err != nil {
 		return err
@@ -200,7 +201,10 @@ func run(ctx context.Context, cfg *configs.Config) error {
 
 	changes := &changes{log: log, meta: meta, door: access, good: cfg, rest: func(c *configs.Config) error { return forward.Reload(c.Proxy) }}
 	operations := &control.Operations{Users: users, Sessions: store, Now: time.Now, Log: log,
-		UserChanged:   func(name string) error { return errors.Join(reserve(api, users), access.userChanged(name)) },
+		UserChanged: func(name string) error {
+			defer api.CutRefused()
+			return errors.Join(reserve(api, users), access.userChanged(name))
+		},
 		Status:        statusOf(access.config, door, changes.problems, verifier.Problems),
 		Configuration: changes,
 		Listed:        verifier.Listed,
@@ -228,6 +232,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		g.Go(func() error { return console.Serve(ctx, cfg.Console.Metrics, registry) })
 	}
 	g.Go(func() error { return door.Watch(ctx, refill) })
+	g.Go(func() error { return door.Forget(ctx) })
 	if cfg.Knock.Tokens {
 		g.Go(func() error { return tokens.Run(ctx) })
 	}

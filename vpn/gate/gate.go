@@ -54,10 +54,15 @@ type Gate struct {
 	pool      *vpn.Pool
 	log       *slog.Logger
 
-	begin sync.Mutex // limits and addresses are judged and taken in one step
-	pace  pace
-	known func(netip.Addr) bool
-	count func(code string)
+	begin   sync.Mutex // limits and addresses are judged and taken in one step
+	pace    pace
+	known   func(netip.Addr) bool
+	callers *callers
+	count   func(code string)
+
+	connections func(session.ID) int
+	rest        sync.Mutex
+	ended       map[session.ID]netip.Addr // whose address is still somewhere in use
 }
 
 // New wires a gate. The store's watchers must include tunnel.SessionEvent before the first request. Known tells sources that
@@ -68,7 +73,8 @@ func New(cfg Config, known func(netip.Addr) bool, serverKey [32]byte, cert tls.C
 			"take a larger network or a limit of %d", cfg.Network, n, cfg.Limit, vpn.Quarantine, n/2)
 	}
 	g := &Gate{cfg: cfg, serverKey: serverKey, cert: cert, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: logger, count: func(string) {},
-		pace: pace{next: map[[32]byte]time.Time{}}, known: known}
+		pace: pace{next: map[[32]byte]time.Time{}}, known: known, callers: &callers{by: map[*counted]caller{}},
+		connections: func(session.ID) int { return 0 }, ended: map[session.ID]netip.Addr{}}
 	for _, s := range store.List() {
 		g.pool.Hold(s.Address, s.Certificate)
 	}
@@ -78,11 +84,43 @@ func New(cfg Config, known func(netip.Addr) bool, serverKey [32]byte, cert tls.C
 // Count makes fn hear of every request: the code of its refusal, or "". It must be called before Run.
 func (g *Gate) Count(fn func(code string)) { g.count = fn }
 
-// SessionEvent gives back the address of a session that ended. It is a session.Store watcher.
+// Track makes the address of an ended session wait for its quarantine until connections, which counts a session's proxied
+// connections, says 0. It must be called before the first event.
+func (g *Gate) Track(connections func(session.ID) int) { g.connections = connections }
+
+// SessionEvent gives back the address of a session that ended, and resets the connections of a caller who was thrown out. It is
+// a session.Store watcher; what uses the address must hear of the end before.
 func (g *Gate) SessionEvent(e session.Event) {
-	if e.Ended != "" {
-		g.pool.Release(e.Session.Address, time.Now())
+	if e.Ended == "" {
+		return
 	}
+	g.rest.Lock()
+	g.ended[e.Session.ID] = e.Session.Address
+	g.rest.Unlock()
+	g.release(time.Now())
+	if e.Ended != session.Deleted && e.Ended != session.Replaced { // there the request is waiting for its answer
+		g.callers.cut(func(who caller) bool { return who.certificate == e.Session.Certificate })
+	}
+}
+
+// release begins the quarantine of addresses that nothing uses any more.
+func (g *Gate) release(now time.Time) {
+	g.rest.Lock()
+	defer g.rest.Unlock()
+	for id, address := range g.ended {
+		if g.connections(id) == 0 {
+			g.pool.Release(address, now)
+			delete(g.ended, id)
+		}
+	}
+}
+
+// CutRefused resets the connections of callers who would not be let in any more.
+func (g *Gate) CutRefused() {
+	g.callers.cut(func(who caller) bool {
+		_, err := g.verifier.Identify(who.state)
+		return err != nil
+	})
 }
 
 // Run serves on listeners until ctx ends.
@@ -95,7 +133,10 @@ func (g *Gate) Run(ctx context.Context, listeners ...net.Listener) error {
 		// For who is refused, and where he comes from, in one line.
 		c := config.Clone()
 		c.VerifyConnection = func(cs tls.ConnectionState) error {
-			_, err := g.verifier.Identify(cs)
+			id, err := g.verifier.Identify(cs)
+			if c, ok := hello.Conn.(*counted); ok && err == nil {
+				g.callers.note(c, caller{id.Certificate, cs})
+			}
 			var refusal *identity.Refusal
 			if errors.As(err, &refusal) {
 				few.line(slog.LevelInfo, "certificate refused", "user", refusal.User, "source", addrPort(hello.Conn.RemoteAddr()), "reason", refusal.Code, "err", refusal.Text)
@@ -118,14 +159,20 @@ func (g *Gate) Run(ctx context.Context, listeners ...net.Listener) error {
 	srv.Protocols.SetHTTP1(true)
 	failed := make(chan error, len(listeners))
 	for _, l := range listeners {
-		go func() { failed <- srv.Serve(tls.NewListener(newCapped(l, g.known), config)) }()
+		go func() { failed <- srv.Serve(tls.NewListener(newCapped(l, g.known, g.callers), config)) }()
 	}
 	defer srv.Close()
-	select {
-	case <-ctx.Done():
-		return nil
-	case err := <-failed:
-		return fmt.Errorf("gate: %w", err)
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case now := <-tick.C:
+			g.release(now)
+		case err := <-failed:
+			return fmt.Errorf("gate: %w", err)
+		}
 	}
 }
 

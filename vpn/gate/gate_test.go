@@ -587,7 +587,7 @@ func TestSessionsOfOneCertificateArePaced(t *testing.T) {
 }
 
 func TestConnectionsAreCappedAndSomeReservedForTokens(t *testing.T) {
-	l := newCapped(nil, func(a netip.Addr) bool { return a == netip.MustParseAddr("192.0.2.1") })
+	l := newCapped(nil, func(a netip.Addr) bool { return a == netip.MustParseAddr("192.0.2.1") }, &callers{})
 	took := func(a string) bool { return l.take(netip.MustParseAddr(a)) }
 	n := 0
 	for took("192.0.2.9") {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -29,7 +30,8 @@ const (
 // handshake.
 type capped struct {
 	net.Listener
-	known func(netip.Addr) bool
+	known   func(netip.Addr) bool
+	callers *callers
 
 	mu      sync.Mutex
 	held    map[netip.Addr]int
@@ -37,8 +39,8 @@ type capped struct {
 	pending int // of total: the handshake is not finished
 }
 
-func newCapped(l net.Listener, known func(netip.Addr) bool) *capped {
-	return &capped{Listener: l, known: known, held: map[netip.Addr]int{}}
+func newCapped(l net.Listener, known func(netip.Addr) bool, callers *callers) *capped {
+	return &capped{Listener: l, known: known, callers: callers, held: map[netip.Addr]int{}}
 }
 
 func (l *capped) Accept() (net.Conn, error) {
@@ -49,7 +51,7 @@ func (l *capped) Accept() (net.Conn, error) {
 		}
 		source := addrPort(c.RemoteAddr()).Addr()
 		if l.take(source) {
-			return &counted{Conn: c, list: l, source: source}, nil
+			return &counted{Conn: c, list: l, known: l.callers, source: source}, nil
 		}
 		c.Close()
 	}
@@ -70,8 +72,55 @@ func (l *capped) take(a netip.Addr) bool {
 type counted struct {
 	net.Conn
 	list   *capped
+	known  *callers
 	source netip.Addr
 	state  atomic.Int32 // 0 in its handshake, 1 past it, 2 closed
+}
+
+// callers knows who is behind each connection past its handshake.
+type callers struct {
+	mu sync.Mutex
+	by map[*counted]caller
+}
+
+type caller struct {
+	certificate [32]byte
+	state       tls.ConnectionState
+}
+
+// note is for a connection whose certificate was accepted. One that is closed already is not kept.
+func (k *callers) note(c *counted, who caller) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if c.state.Load() != 2 {
+		k.by[c] = who
+	}
+}
+
+func (k *callers) forget(c *counted) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	delete(k.by, c)
+}
+
+// cut resets the connections of those whom out names.
+func (k *callers) cut(out func(caller) bool) {
+	k.mu.Lock()
+	all := maps.Clone(k.by)
+	k.mu.Unlock()
+	for c, who := range all {
+		if out(who) {
+			c.reset()
+		}
+	}
+}
+
+// reset closes the connection with RST.
+func (c *counted) reset() {
+	if t, ok := c.Conn.(*net.TCPConn); ok {
+		t.SetLinger(0)
+	}
+	c.Close()
 }
 
 // finished is the server's ConnState hook: a connection is active when its first request begins, past the handshake.
@@ -87,6 +136,7 @@ func finished(c net.Conn, s http.ConnState) {
 
 func (c *counted) Close() error {
 	if was := c.state.Swap(2); was != 2 {
+		c.known.forget(c)
 		l := c.list
 		l.mu.Lock()
 		l.total--
