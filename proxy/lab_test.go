@@ -278,7 +278,7 @@ func openConfig() Config {
 			Ports: allPorts(),
 		}},
 		AllowPrivate: []netip.Prefix{netip.MustParsePrefix("198.18.0.0/24")},
-		Idle:         time.Minute, Lifetime: time.Hour, PerUserConnections: 512,
+		Idle:         time.Minute, Lifetime: time.Hour, Connections: 1 << 20, PerUserConnections: 512,
 	}
 }
 
