@@ -54,7 +54,7 @@ func (c Config) limits() error {
 		errs = append(errs, fmt.Errorf("proxy.lifetime %v: every connection would end at once: set a time, such as 24h", c.Lifetime))
 	}
 	if c.Connections <= 0 {
-		errs = append(errs, fmt.Errorf("proxy.connections %d: nobody could connect: set a number, such as 20000", c.Connections))
+		errs = append(errs, fmt.Errorf("proxy.connections %d: nobody could connect: set a number, such as 10000", c.Connections))
 	}
 	if c.PerUserConnections <= 0 {
 		errs = append(errs, fmt.Errorf("proxy.per_user_connections %d: nobody could connect: set a number, such as 512", c.PerUserConnections))
