@@ -85,6 +85,7 @@ type rawProxy struct {
 	AllowPrivate       []string  `toml:"allow_private"`
 	Idle               string    `toml:"idle"`
 	Lifetime           string    `toml:"lifetime"`
+	Connections        int64     `toml:"connections"`
 	PerUserConnections int64     `toml:"per_user_connections"`
 	PerUserBandwidth   string    `toml:"per_user_bandwidth"`
 	Rule               []rawRule `toml:"rule"`
@@ -136,7 +137,7 @@ func defaults() raw {
 		Session:  rawSession{Max: "12h", Limit: 5000, Devices: 5},
 		Knock:    rawKnock{Window: "60s", Tokens: true, Step: "30s", LogGroup: 1194},
 		Firewall: rawFirewall{Mode: "guard"},
-		Proxy:    rawProxy{Port: 3128, Mode: "enforce", Idle: "15m", Lifetime: "24h", PerUserConnections: 512},
+		Proxy:    rawProxy{Port: 3128, Mode: "enforce", Idle: "15m", Lifetime: "24h", Connections: 10000, PerUserConnections: 512},
 		Identity: rawIdentity{CA: "pki/ca.crt", CAKey: "pki/ca.key", Cert: "pki/gate.crt", Key: "pki/gate.key"},
 		Console:  rawConsole{Port: 80},
 		Log:      rawLog{Level: "info", Format: "json", AuditKeep: "400d"},

@@ -81,7 +81,7 @@ func cpu() time.Duration {
 
 func quietLab(b testing.TB) *lab {
 	cfg := openConfig()
-	cfg.PerUserConnections = 1 << 20
+	cfg.Connections, cfg.PerUserConnections = 1<<20, 1<<20
 	l := startLab(b, cfg)
 	l.Server.log = slog.New(slog.NewJSONHandler(io.Discard, nil))
 	l.Server.watch.Store(nil)

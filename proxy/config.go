@@ -40,6 +40,7 @@ type Config struct {
 	IPv6               bool           // dial IPv6 too
 	Idle               time.Duration
 	Lifetime           time.Duration
+	Connections        int // of all users together
 	PerUserConnections int
 }
 
@@ -51,6 +52,9 @@ func (c Config) limits() error {
 	}
 	if c.Lifetime <= 0 {
 		errs = append(errs, fmt.Errorf("proxy.lifetime %v: every connection would end at once: set a time, such as 24h", c.Lifetime))
+	}
+	if c.Connections <= 0 {
+		errs = append(errs, fmt.Errorf("proxy.connections %d: nobody could connect: set a number, such as 10000", c.Connections))
 	}
 	if c.PerUserConnections <= 0 {
 		errs = append(errs, fmt.Errorf("proxy.per_user_connections %d: nobody could connect: set a number, such as 512", c.PerUserConnections))

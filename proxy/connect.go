@@ -48,6 +48,7 @@ func (s *Server) connect(l *link, h head, src *source) {
 				return
 			}
 			a.Decision.Observed, a.Decision.Reason = true, why
+			l.unproved()
 		}
 	}
 	fromServer, err := newSource(t.server, s.buffers)
@@ -71,15 +72,14 @@ func (s *Server) open(l *link, h head, a *Access) (*tunnel, error) {
 	}
 	a.Destination = to
 	switch {
-	case l.extra:
-		return nil, &refusal{reason: TooMany}
+	case l.extra != "":
+		return nil, &refusal{reason: l.extra}
 	case !s.alive(l):
 		return nil, &refusal{reason: NoSession}
 	}
 	q := Request{User: l.who.user, Groups: l.who.groups, Destination: to, Plain: h.method != "CONNECT"}
-	l.serve(&q)
-	st := s.state.Load()
-	if a.Decision = st.policy.Decide(q); !a.Decision.Allow {
+	var st *state
+	if a.Decision, st = l.serve(&q, &s.state); !a.Decision.Allow {
 		return nil, &refusal{reason: a.Decision.Reason, rule: a.Decision.Rule}
 	}
 	ctx, done := l.dialing()

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net"
 	"net/netip"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -38,12 +37,12 @@ func (e *refusal) Unwrap() error { return e.cause }
 
 // dialer connects to judged addresses and to no others.
 type dialer struct {
-	resolver *net.Resolver
-	own      ownAddresses
+	names *resolver
+	own   ownAddresses
 }
 
 func newDialer() *dialer {
-	return &dialer{resolver: &net.Resolver{PreferGo: true}}
+	return &dialer{names: newResolver()}
 }
 
 // dial, which ctx limits to dialTimeout, resolves q's destination once, judges every address, and connects to the first judged one that answers. The error is
@@ -114,47 +113,13 @@ func (d *dialer) judge(p *Policy, q Request, a netip.Addr) Decision {
 
 // resolve returns the addresses of a kind that may be dialed.
 func (d *dialer) resolve(ctx context.Context, p *Policy, to Destination) ([]netip.Addr, error) {
-	if to.Addr.IsValid() {
-		return []netip.Addr{to.Addr}, nil
-	}
-	network := "ip4"
-	if p.ipv6 {
-		network = "ip"
-	}
-	addrs, err := d.lookup(ctx, network, to.Name)
-	if err == nil && len(addrs) > 0 {
-		for i, a := range addrs {
-			addrs[i] = a.Unmap().WithZone("")
-		}
-		return addrs, nil
-	}
-	var de *net.DNSError
 	switch {
-	case errors.As(err, &de) && de.IsNotFound:
-		return nil, &refusal{reason: DNSNotFound, cause: err}
-	case errors.As(err, &de) && de.IsTimeout || ctx.Err() != nil:
-		return nil, &refusal{reason: DNSTimeout, cause: err}
+	case to.Addr.IsValid():
+		return []netip.Addr{to.Addr}, nil
+	case p.ipv6:
+		return d.names.resolve(ctx, "ip", to.Name, time.Now())
 	}
-	// No address of the network asked for is no *net.DNSError.
-	var ae *net.AddrError
-	if errors.As(err, &ae) {
-		return nil, &refusal{reason: DNSNotFound, cause: err}
-	}
-	return nil, &refusal{reason: DNSFailed, cause: err}
-}
-
-// lookup asks for the name and no longer one: the last dot keeps resolv.conf's search list out, of which the policy knows
-// nothing. Written so, Go does not find a single label in /etc/hosts, hence the first look.
-func (d *dialer) lookup(ctx context.Context, network, name string) ([]netip.Addr, error) {
-	if !strings.Contains(name, ".") {
-		hosts := &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
-			return nil, errors.New("only /etc/hosts is asked")
-		}}
-		if addrs, err := hosts.LookupNetIP(ctx, network, name); err == nil {
-			return addrs, nil
-		}
-	}
-	return d.resolver.LookupNetIP(ctx, network, name+".")
+	return d.names.resolve(ctx, "ip4", to.Name, time.Now())
 }
 
 // race starts a dial every dialStagger, or at once when one has failed, and keeps the first connection.

@@ -224,8 +224,8 @@ var zone = map[string][][]string{
 	"silent.lab.test.":  {{silentHost}},
 }
 
-// startNames answers DNS on loopback, and returns a resolver that asks there.
-func startNames(t testing.TB) *net.Resolver {
+// startNames answers DNS on loopback, and returns the way there.
+func startNames(t testing.TB) func(ctx context.Context, network, address string) (net.Conn, error) {
 	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -264,9 +264,9 @@ func startNames(t testing.TB) *net.Resolver {
 			}
 		}
 	}()
-	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	return func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "udp", pc.LocalAddr().String())
-	}}
+	}
 }
 
 // openConfig allows operators the lab's outside without a look at TLS.
@@ -278,7 +278,7 @@ func openConfig() Config {
 			Ports: allPorts(),
 		}},
 		AllowPrivate: []netip.Prefix{netip.MustParsePrefix("198.18.0.0/24")},
-		Idle:         time.Minute, Lifetime: time.Hour, PerUserConnections: 512,
+		Idle:         time.Minute, Lifetime: time.Hour, Connections: 4096, PerUserConnections: 512,
 	}
 }
 
@@ -305,7 +305,7 @@ func startLab(t testing.TB, cfg Config) *lab {
 		default:
 		}
 	})
-	s.dialer.resolver = startNames(t)
+	s.dialer.names.dial = startNames(t)
 	ln, err := Listen(context.Background(), netip.MustParseAddrPort(bastion+":0"))
 	if err != nil {
 		t.Fatal(err)

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -318,7 +319,7 @@ func (c *plainConn) deliver(b []byte) (int, error) {
 
 // next collects a head and judges its form. A bad one is answered here, where no answer is under way any more.
 func (c *plainConn) next() error {
-	for {
+	for timed := false; ; {
 		n, err := headEnd(c.pending, c.looked)
 		var h head
 		if n > 0 {
@@ -338,21 +339,31 @@ func (c *plainConn) next() error {
 			}
 		}
 		if err != nil {
-			s := c.plain.server
-			s.refuse(c.link, s.begin(c.link, h.method, h.target), h, reasonOf(err), err)
-			return io.EOF
+			return c.refuse(h, err)
 		}
 		c.looked = len(c.pending)
-		if err := c.fill(); err != nil {
+		// Once, from the first byte on: a head that comes in drops is a head that does not come. Until then net/http's own
+		// limit for a silent connection holds.
+		if !timed && len(c.pending) > 0 {
+			timed = true
+			c.Conn.SetReadDeadline(time.Now().Add(headTimeout))
+		}
+		if err := c.fill(); timed && errors.Is(err, os.ErrDeadlineExceeded) {
+			return c.refuse(h, err)
+		} else if err != nil {
 			return err
 		}
 	}
 }
 
+// refuse answers a head that net/http does not get to see, and ends the connection.
+func (c *plainConn) refuse(h head, err error) error {
+	s := c.plain.server
+	s.refuse(c.link, s.begin(c.link, h.method, h.target), h, reasonOf(err), err)
+	return io.EOF
+}
+
 func (c *plainConn) fill() error {
-	if len(c.pending) > 0 {
-		c.Conn.SetReadDeadline(time.Now().Add(headTimeout))
-	}
 	var b [4096]byte
 	n, err := c.Conn.Read(b[:])
 	c.pending = append(c.pending, b[:n]...)

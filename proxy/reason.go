@@ -14,6 +14,7 @@ const (
 	TLSRequired    Reason = "tls-required"    // allowed, but only as TLS in a tunnel
 	NoSession      Reason = "no-session"      // the source address has no live session, or another one than at accept
 	TooMany        Reason = "too-many"        // the user's connections are used up
+	Full           Reason = "full"            // everybody's are
 	Malformed      Reason = "malformed"       // the request is not well-formed, or is ambiguous
 	BadDestination Reason = "bad-destination" // the destination is not in the one form that is understood
 	BadScheme      Reason = "bad-scheme"      // a URL of another scheme than http
@@ -76,6 +77,8 @@ func (r Reason) Status() int {
 		return http.StatusRequestHeaderFieldsTooLarge
 	case TooMany:
 		return http.StatusTooManyRequests
+	case Full:
+		return http.StatusServiceUnavailable
 	case DNSTimeout, ConnectTimeout:
 		return http.StatusGatewayTimeout
 	case DNSNotFound, DNSFailed, ConnectRefused, ConnectFailed, UpstreamFailed:
@@ -97,6 +100,8 @@ func (r Reason) Sentence() string {
 		return "Your address has no live session. Bring the tunnel up again."
 	case TooMany:
 		return "You have too many connections open. Close some, then try again."
+	case Full:
+		return "The proxy has as many connections open as it may. Try again in a moment."
 	case Malformed:
 		return "The request is not well-formed."
 	case BadDestination:

@@ -297,7 +297,25 @@ func TestRefusalReachesAClientThatSentEarly(t *testing.T) {
 
 func TestSlowHeadIsCutOff(t *testing.T) {
 	l := startLab(t, openConfig())
-	c, silent := l.from("10.77.0.2"), l.from("10.77.0.2")
+	c, silent, kept := l.from("10.77.0.2"), l.from("10.77.0.2"), l.from("10.77.0.2")
+	host, _ := origin(t, func(http.ResponseWriter, *http.Request) {})
+	raw := "GET http://" + host + "/ HTTP/1.1\r\nHost: " + host + "\r\n\r\n"
+	if status, _ := ask(t, kept, raw); status != 200 {
+		t.Fatal(status)
+	}
+	l.next()
+	kept.SetDeadline(time.Now().Add(2 * time.Minute))
+	stopped := make(chan struct{})
+	go func() { // the second head in drops, never silent for long
+		for _, b := range []byte(raw[:len(raw)-2] + "X: " + strings.Repeat("a", 100)) {
+			kept.Write([]byte{b})
+			select {
+			case <-stopped:
+				return
+			case <-time.After(time.Second):
+			}
+		}
+	}()
 	io.WriteString(c, "CONNECT www.lab")
 	began := time.Now()
 	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
@@ -307,8 +325,15 @@ func TestSlowHeadIsCutOff(t *testing.T) {
 	if d := time.Since(began); d < headTimeout-time.Second {
 		t.Errorf("after %v", d)
 	}
-	if a := l.next(); a.Decision.Reason != HeadTimeout {
-		t.Errorf("logged %+v", a)
+	resp, err = http.ReadResponse(bufio.NewReader(kept), nil)
+	close(stopped)
+	if err != nil || resp.StatusCode != http.StatusRequestTimeout {
+		t.Fatalf("on a kept connection: %v, %v", resp, err)
+	}
+	for range 2 {
+		if a := l.next(); a.Decision.Reason != HeadTimeout {
+			t.Errorf("logged %+v", a)
+		}
 	}
 	if _, err := silent.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("a silent connection: %v", err)
@@ -342,5 +367,48 @@ func TestAUserHasSoManyConnections(t *testing.T) {
 	eventually(t, "two connections", func() bool { return l.Connections(l.alice.ID) == 2 })
 	if status, _ := ask(t, l.from("10.77.0.2"), raw); status != 200 {
 		t.Errorf("after one has gone: %d", status)
+	}
+}
+
+func TestAllUsersTogetherHaveSoManyConnections(t *testing.T) {
+	cfg := openConfig()
+	cfg.Connections = 2
+	l := startLab(t, cfg)
+	l.people.put("10.77.0.3", "bob", "operators")
+	at := serveOutside(t, outsideHost+":0", func(c *net.TCPConn) { io.Copy(io.Discard, c) })
+	raw := "CONNECT " + at.String() + " HTTP/1.0\r\n\r\n"
+	first := l.from("10.77.0.2")
+	for _, c := range []*net.TCPConn{first, l.from("10.77.0.3")} {
+		if status, _ := ask(t, c, raw); status != 200 {
+			t.Fatal(status)
+		}
+	}
+	if status, _ := ask(t, l.from("10.77.0.3"), raw); status != http.StatusServiceUnavailable {
+		t.Errorf("the third: %d", status)
+	}
+	if a := l.next(); a.Decision.Reason != Full || a.Decision.Allow || a.User != "bob" {
+		t.Errorf("logged %+v", a)
+	}
+	eventually(t, "two connections", func() bool { return l.Live() == 2 })
+	// Some are still told so; those after them are not heard.
+	for range excess {
+		l.from("10.77.0.3")
+	}
+	eventually(t, "all of them accepted", func() bool { return l.Live() == 2+excess })
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP("10.77.0.3")}}
+	c, err := d.Dial("tcp", l.addr)
+	if err == nil {
+		_, err = c.Read(make([]byte, 1))
+		c.Close()
+	}
+	if !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("one more: %v", err)
+	}
+	cfg.Connections = 3 + excess
+	if err := l.Reload(cfg); err != nil {
+		t.Fatal(err)
+	}
+	if status, _ := ask(t, l.from("10.77.0.2"), raw); status != 200 {
+		t.Errorf("with room: %d", status)
 	}
 }

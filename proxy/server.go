@@ -19,7 +19,7 @@ import (
 
 const (
 	headTimeout = 10 * time.Second
-	// excess is how many connections beyond a user's limit are still told so; more are reset unheard.
+	// excess is how many connections beyond a limit are still told so; more are reset unheard.
 	excess = 64
 )
 
@@ -89,6 +89,7 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
+	s.checkFiles()
 	var tasks sync.WaitGroup
 	tasks.Go(func() { s.sweep(ctx) })
 	tasks.Go(s.plain.run)
@@ -99,6 +100,17 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	s.plain.close()
 	tasks.Wait()
 	return err
+}
+
+// checkFiles warns where the process may not open what its connections would take. It goes on: then the kernel's limit holds.
+func (s *Server) checkFiles() {
+	const others = 1000 // gate, tunnel, state, name servers
+	var limit unix.Rlimit
+	most := s.state.Load().Connections
+	if want := uint64(2*most + others); unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) == nil && limit.Cur < want {
+		s.log.Warn("proxy.connections is more than the limit of open files allows: raise LimitNOFILE, or lower it",
+			"connections", most, "wants", want, "limit", limit.Cur)
+	}
 }
 
 func (s *Server) accept(ctx context.Context, l net.Listener) error {
@@ -171,7 +183,7 @@ func (s *Server) admit(c *net.TCPConn) *link {
 		return nil
 	}
 	l.who = identity{session: holder.ID, user: holder.User, device: holder.Device, groups: holder.Groups}
-	n := s.links.add(l)
+	users, all := s.links.add(l)
 	// The session may have ended before the link was there to be found by its end.
 	if !s.alive(l) {
 		a := s.begin(l, "", "")
@@ -180,12 +192,19 @@ func (s *Server) admit(c *net.TCPConn) *link {
 		s.drop(l, NoSession)
 		return nil
 	}
-	most := s.state.Load().PerUserConnections
-	if l.extra = n > most; n > most+excess {
+	st := s.state.Load()
+	beyond := users - st.PerUserConnections
+	if l.extra = TooMany; beyond <= 0 {
+		l.extra, beyond = Full, all-st.Connections
+	}
+	switch {
+	case beyond <= 0:
+		l.extra = ""
+	case beyond > excess:
 		a := s.begin(l, "", "")
-		a.Decision.Reason = TooMany
+		a.Decision.Reason = l.extra
 		s.done(a)
-		s.drop(l, TooMany)
+		s.drop(l, l.extra)
 		return nil
 	}
 	return l
@@ -257,17 +276,7 @@ func (s *Server) Reload(cfg Config) error {
 	}
 	s.state.Store(st)
 	for _, l := range s.links.all() {
-		l.mu.Lock()
-		q, dialed := l.current, l.dialed
-		l.mu.Unlock()
-		if q == nil {
-			continue
-		}
-		d := st.policy.Decide(*q)
-		if d.Allow && dialed.IsValid() {
-			d = st.policy.DecideAddress(*q, dialed)
-		}
-		if !d.Allow {
+		if !l.allowed(st) {
 			l.end(PolicyChanged)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -18,13 +19,14 @@ type link struct {
 	source netip.AddrPort
 	client *net.TCPConn
 	began  time.Time
-	extra  bool // beyond the user's limit: told so, and closed
+	extra  Reason // TooMany or Full: beyond a limit, told so, and closed
 
 	mu      sync.Mutex
 	cancel  context.CancelFunc // of the dial under way
 	server  *net.TCPConn
 	current *Request // being served
 	dialed  netip.Addr
+	tls     bool // the tunnel has opened as its rule wants it, or will have to
 	ended   Reason
 }
 
@@ -35,11 +37,39 @@ type identity struct {
 	groups       []string
 }
 
-// serve notes the request being served, before it is decided: a reload that comes later finds and judges it.
-func (l *link) serve(q *Request) {
+// serve decides the request that is served from now on. A reload comes before, or it finds and judges the request.
+func (l *link) serve(q *Request, in *atomic.Pointer[state]) (Decision, *state) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.current, l.dialed = q, netip.Addr{}
+	st := in.Load()
+	d := st.policy.Decide(*q)
+	l.current, l.dialed, l.tls = q, netip.Addr{}, d.TLS
+	return d, st
+}
+
+// unproved notes a tunnel that did not open as TLS for its name, and goes on since rules are only observed.
+func (l *link) unproved() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.tls = false
+}
+
+// allowed judges by another policy what the link serves, if it serves anything.
+func (l *link) allowed(by *state) bool {
+	l.mu.Lock()
+	q, dialed, proved := l.current, l.dialed, l.tls
+	l.mu.Unlock()
+	if q == nil {
+		return true
+	}
+	d := by.policy.Decide(*q)
+	if d.TLS && !proved && !by.Observe {
+		return false
+	}
+	if d.Allow && dialed.IsValid() {
+		d = by.policy.DecideAddress(*q, dialed)
+	}
+	return d.Allow
 }
 
 // dialing returns the context of a dial, which the link's end cancels. Done must be called after.
@@ -118,14 +148,14 @@ func (l *link) why() Reason {
 
 // stale says why the link must end now: it has lived, or been silent, for too long.
 func (l *link) stale(now time.Time, idle, lifetime time.Duration) Reason {
+	if now.Sub(l.began) >= lifetime {
+		return Lifetime
+	}
 	l.mu.Lock()
 	busy := l.server != nil
 	l.mu.Unlock()
 	if !busy { // reading a head and dialing have deadlines of their own
 		return ""
-	}
-	if now.Sub(l.began) >= lifetime {
-		return Lifetime
 	}
 	raw, err := l.client.SyscallConn()
 	if err != nil {
@@ -171,6 +201,7 @@ type registry struct {
 	mu       sync.Mutex
 	sessions map[session.ID]map[*link]struct{}
 	users    map[string]int
+	live     int
 	closed   Reason        // once set, links end as they come
 	empty    chan struct{} // closed, by once, when closed is set and no link is left
 	once     sync.Once
@@ -180,8 +211,8 @@ func newRegistry() *registry {
 	return &registry{sessions: map[session.ID]map[*link]struct{}{}, users: map[string]int{}, empty: make(chan struct{})}
 }
 
-// add returns how many links the user has now. It ends l when the registry is closed.
-func (r *registry) add(l *link) int {
+// add returns how many links the user has now, and all users. It ends l when the registry is closed.
+func (r *registry) add(l *link) (users, all int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	links := r.sessions[l.who.session]
@@ -191,10 +222,11 @@ func (r *registry) add(l *link) int {
 	}
 	links[l] = struct{}{}
 	r.users[l.who.user]++
+	r.live++
 	if r.closed != "" {
 		l.end(r.closed)
 	}
-	return r.users[l.who.user]
+	return r.users[l.who.user], r.live
 }
 
 // remove takes out a link whose sockets are closed. Doing it twice is harmless.
@@ -208,6 +240,7 @@ func (r *registry) remove(l *link) {
 	if delete(links, l); len(links) == 0 {
 		delete(r.sessions, l.who.session)
 	}
+	r.live--
 	if r.users[l.who.user]--; r.users[l.who.user] == 0 {
 		delete(r.users, l.who.user)
 	}
@@ -243,13 +276,10 @@ func (r *registry) all() (links []*link) {
 }
 
 // count is how many links there are.
-func (r *registry) count() (n int) {
+func (r *registry) count() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, links := range r.sessions {
-		n += len(links)
-	}
-	return n
+	return r.live
 }
 
 // close ends every link, and those to come. The channel is closed when none is left.

@@ -12,6 +12,7 @@ import (
 	"io"
 	"math/big"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"runtime"
@@ -368,6 +369,56 @@ func TestReloadResetsWhatIsNoLongerAllowed(t *testing.T) {
 	io.WriteString(a, "x")
 	if _, err := io.ReadFull(a, make([]byte, 1)); err != nil {
 		t.Errorf("the other tunnel: %v", err)
+	}
+}
+
+// A tunnel whose opening nobody looked at is not TLS, as far as anybody knows.
+func TestReloadThatWantsTLSCutsWhatDidNotProveIt(t *testing.T) {
+	loose, strict := openConfig(), openConfig()
+	strict.Rules = []Rule{strict.Rules[0]}
+	strict.Rules[0].TLS = true
+	l := startLab(t, strict)
+	at := serveOutside(t, outsideHost+":0", func(c *net.TCPConn) { io.Copy(c, c) })
+	open := func() *net.TCPConn {
+		c := l.tunnel("10.77.0.2", "www.lab.test:"+strconv.Itoa(int(at.Port())))
+		b := hello(t, &tls.Config{ServerName: "www.lab.test"})
+		c.Write(b)
+		if _, err := io.ReadFull(c, make([]byte, len(b))); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	proved := open()
+	if err := l.Reload(loose); err != nil {
+		t.Fatal(err)
+	}
+	unproved := open()
+	if err := l.Reload(strict); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unproved.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("opened while nobody looked: %v", err)
+	}
+	if a := l.next(); a.End != PolicyChanged {
+		t.Errorf("logged %+v", a)
+	}
+	io.WriteString(proved, "x")
+	if _, err := io.ReadFull(proved, make([]byte, 1)); err != nil {
+		t.Errorf("opened as it should: %v", err)
+	}
+}
+
+func TestAKeptConnectionAgesWhileItIsSilent(t *testing.T) {
+	cfg := openConfig()
+	cfg.Lifetime = time.Second
+	l := startLab(t, cfg)
+	host, _ := origin(t, func(http.ResponseWriter, *http.Request) {})
+	c := l.from("10.77.0.2")
+	if status, _ := ask(t, c, "GET http://"+host+"/ HTTP/1.1\r\nHost: "+host+"\r\n\r\n"); status != 200 {
+		t.Fatal(status)
+	}
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("ended with %v", err)
 	}
 }
 
