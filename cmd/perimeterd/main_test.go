@@ -117,7 +117,7 @@ func startDaemon(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	trail := beginTrail(c, slog.New(slog.DiscardHandler))
 	sessions.Watch(trail.session)
-	ops := &control.Operations{Users: identity.NewUsers(db), Sessions: sessions, Now: time.Now, Log: slog.New(slog.DiscardHandler), Audit: trail.Add, AuditDir: c.AuditDir(),
+	ops := &control.Operations{Users: identity.NewUsers(db), Sessions: sessions, Now: time.Now, Log: slog.New(slog.DiscardHandler), Audit: trail.Add, AuditDir: c.AuditDir(), Feed: trail.Feed,
 		Status: func() control.Status {
 			return control.Status{Version: "test", Started: time.Now(), Endpoint: c.Endpoint, Egress: []string{"203.0.113.10/32"}, Limit: c.Gate.Limit}
 		}}
@@ -125,6 +125,7 @@ func startDaemon(ts *testscript.TestScript, neg bool, args []string) {
 	ready, done := make(chan struct{}), make(chan error, 1)
 	go func() { done <- control.Serve(ctx, c.ControlSocket(), control.Handler(ops), func() { close(ready) }) }()
 	stop := sync.OnceFunc(func() {
+		trail.Feed.End()
 		cancel()
 		err := <-done
 		trail.end(err)

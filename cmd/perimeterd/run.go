@@ -206,10 +206,12 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 		Forget:        sign.Forget,
 		Audit:         trail.Add,
 		AuditDir:      cfg.AuditDir(),
+		Feed:          trail.Feed,
 	}
 
 	events := event.NewLog(log, event.StrangerLimits())
 	g, ctx := errgroup.WithContext(ctx)
+	context.AfterFunc(ctx, trail.Feed.End) // who follows it would keep the control socket from closing
 	observing, operating := make(chan struct{}), make(chan struct{})
 	g.Go(func() error {
 		tell := func(e event.Event) {

@@ -11,6 +11,7 @@
 //	POST   /v1/configuration/confirm, /v1/configuration/rollback → Applied
 //	GET    /v1/audit                []AuditFile
 //	GET    /v1/audit/NAME           a file of the audit, as it is
+//	GET    /v1/events?follow=1      audit.Record, one a line; user, session, since and kind choose
 //	GET    /v1/configuration/table  firewall.Config: what the file would make of the table
 //
 // Refusals are vpn.ErrorReply. The daemon never sees a CA key: the enrolment carries the hash of a certificate's public
@@ -90,6 +91,8 @@ type Operations struct {
 	// Status is the daemon's part of Status. Nil: none.
 	Status   func() Status
 	AuditDir string // of the audit's files
+	// Feed has what happens. Nil: nothing is told.
+	Feed *audit.Feed
 	// Audit takes a record of every act. Nil: nobody does. It waits for nobody.
 	Audit func(audit.Record)
 	// Configuration takes up other configurations. Nil: none can be.
@@ -236,6 +239,7 @@ func Handler(o *Operations) http.Handler {
 	}
 	handle("GET /v1/audit", func(*http.Request) (any, error) { return o.auditFiles() })
 	mux.HandleFunc("GET /v1/audit/{name}", o.auditFile)
+	mux.HandleFunc("GET /v1/events", o.events)
 	handle("/", func(r *http.Request) (any, error) {
 		return nil, &vpn.APIError{Status: http.StatusNotFound, Code: vpn.CodeNotFound,
 			Message: "no such operation: " + r.Method + " " + r.URL.Path}
