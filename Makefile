@@ -9,7 +9,8 @@ SHELL := /bin/bash
 GO ?= go
 
 DEMO_TOOLS := nft:nftables ip:iproute2 curl:curl nmap:nmap
-TEST_TOOLS := $(DEMO_TOOLS) gcc:gcc knock:knockd wg:wireguard-tools wireguard-go:wireguard-go setcap:libcap2-bin make-cadir:easy-rsa openssl:openssl
+TEST_TOOLS := $(DEMO_TOOLS) gcc:gcc knock:knockd wg:wireguard-tools wireguard-go:wireguard-go setcap:libcap2-bin make-cadir:easy-rsa openssl:openssl \
+	/lib/systemd/systemd-journal-remote:systemd-journal-remote
 PEER_TOOLS := nft:nftables ip:iproute2 iptables:iptables ipset:ipset knockd:knockd fwknopd:fwknop-server fwknop:fwknop-client
 SOAK_TOOLS := nft:nftables ip:iproute2
 VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod

@@ -17,7 +17,6 @@ func (p *parser) refuseMissing() {
 		{"proxy.per_user_bandwidth", r.Proxy.PerUserBandwidth, r.Proxy.PerUserBandwidth == "", "leave it empty"},
 		{"store.etcd", r.Store.Etcd, len(r.Store.Etcd) == 0, "leave it empty: the state stays on this host"},
 		{"log.squid_access_log", r.Log.SquidAccessLog, r.Log.SquidAccessLog == "", "leave it empty: the log has every request"},
-		{"log.audit_keep", r.Log.AuditKeep, r.Log.AuditKeep == "400d", "remove it: the journal keeps the log"},
 	} {
 		if c.closed {
 			continue

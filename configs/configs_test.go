@@ -189,7 +189,7 @@ metrics = ":9617"
 etcd = ["http://127.0.0.1:2379"]
 [log]
 squid_access_log = "/var/log/squid.log"
-audit_keep = "10d"
+audit_keep = "10h"
 `,
 			f + ":4: tunnel.backend \"kernel\": not in this version: write \"userspace\"\n" +
 				f + ":6: session.status_file \"/run/status\": not in this version: leave it empty and ask `perimeterd sessions`\n" +
@@ -197,7 +197,7 @@ audit_keep = "10d"
 				f + ":10: console.metrics \":9617\": want HOST:PORT, as in 127.0.0.1:9617; it asks for no password, so keep it where only Prometheus can reach it\n" +
 				f + ":12: store.etcd [\"http://127.0.0.1:2379\"]: not in this version: leave it empty: the state stays on this host\n" +
 				f + ":14: log.squid_access_log \"/var/log/squid.log\": not in this version: leave it empty: the log has every request\n" +
-				f + ":15: log.audit_keep \"10d\": not in this version: remove it: the journal keeps the log"},
+				f + ":15: log.audit_keep \"10h\": want 1d to 36500d"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {

@@ -244,6 +244,7 @@ func (p *parser) config() *Config {
 	}
 	p.oneOf("log.format", r.Log.Format, "json", "text")
 	c.Log.Format = r.Log.Format
+	c.Log.AuditKeep = p.duration("log.audit_keep", r.Log.AuditKeep, 24*time.Hour, 36500*24*time.Hour)
 	return c
 }
 

@@ -2,6 +2,9 @@ package configs
 
 import (
 	"bytes"
+	"errors"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"regexp"
 
@@ -20,6 +23,14 @@ func (p Paths) StateFile() string {
 	return filepath.Join(p.StateDir, "state.db")
 }
 
+// AuditDir holds the audit's files; empty where StateDir is.
+func (p Paths) AuditDir() string {
+	if p.StateDir == "" {
+		return ""
+	}
+	return filepath.Join(p.StateDir, "audit")
+}
+
 // ControlSocket is where the running daemon takes operators' commands.
 func (p Paths) ControlSocket() string { return filepath.Join(p.RunDir, "control.sock") }
 
@@ -29,8 +40,14 @@ func (p Paths) SignerSocket() string { return filepath.Join(p.RunDir, "signer.so
 // FindPaths needs no more of a file than these two: an error elsewhere in it, which the running daemon did not take up,
 // must keep nobody from revoking a user. Its error, an *Error, is all that is wrong with the file; the paths are good
 // besides, where they are not empty.
+//
+// DefaultPath is the daemon's and its operators' to read. Who may only look at what it does finds it at the default paths.
 func FindPaths(path string) (Paths, error) {
 	data, err := read(path)
+	if _, e := os.ReadFile(path); path == DefaultPath && errors.Is(e, fs.ErrPermission) {
+		r := defaults()
+		return Paths{StateDir: r.StateDir, RunDir: r.RunDir}, nil
+	}
 	if err != nil {
 		return Paths{}, err
 	}

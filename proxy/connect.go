@@ -32,8 +32,8 @@ func (s *Server) connect(l *link, h head, src *source) {
 		if a.End = l.why(); a.End == NotTLS || a.End == SNIMismatch || a.End == SNIMissing || a.End == SNITimeout {
 			a.Decision.Allow, a.Decision.Reason = false, a.End
 		}
+		s.done(a) // before Run may find no link left and return
 		s.links.remove(l)
-		s.done(a)
 	}
 	if _, err := io.WriteString(l.client, "HTTP/1.1 200 Connection established\r\n\r\n"); err != nil {
 		fail(ClientReset)
@@ -58,8 +58,8 @@ func (s *Server) connect(l *link, h head, src *source) {
 	}
 	t.finish = func(t *tunnel) {
 		a.Up, a.Down, a.End = t.up.Load(), t.down.Load(), l.why()
-		s.links.remove(l)
 		s.done(a)
+		s.links.remove(l)
 	}
 	t.start(src, fromServer)
 }

@@ -160,10 +160,12 @@ func (p *plain) serve(w http.ResponseWriter, r *http.Request) {
 		if x.bare {
 			// Goproxy leaves the client's side open.
 			l.close()
-			s.links.remove(l)
 		}
 		a.Up, a.Down, a.End = t.up.Load(), t.down.Load(), l.why()
 		s.done(a)
+		if x.bare {
+			s.links.remove(l)
+		}
 	}()
 	if h.upgrade {
 		c.bare.Store(true)

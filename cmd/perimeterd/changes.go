@@ -28,7 +28,8 @@ type changes struct {
 	log  *slog.Logger
 	meta *identity.Meta
 	door *access
-	rest func(*configs.Config) error // takes up what is not the door's; refuses whole, or not at all
+	rest func(*configs.Config) error    // takes up what is not the door's; refuses whole, or not at all
+	tell func(action string, err error) // hears of changes that no command made
 
 	mu    sync.Mutex
 	good  *configs.Config
@@ -58,7 +59,8 @@ func (c *changes) Run(ctx context.Context) error {
 			}
 			return nil
 		case <-hup:
-			c.Apply(0) // it says itself what went wrong
+			_, err := c.Apply(0) // it says itself what went wrong
+			c.tell("reload", err)
 		}
 	}
 }
@@ -131,9 +133,11 @@ func (c *changes) tryLocked(next *configs.Config, trial time.Duration) (a contro
 		defer c.mu.Unlock()
 		if c.next == next {
 			c.log.Error("configuration on trial was not confirmed in time: the last good one is back", "file", next.File)
-			if err := c.rollbackLocked(); err != nil {
+			err := c.rollbackLocked()
+			if err != nil {
 				c.log.Error("last good configuration not taken up whole", "err", err)
 			}
+			c.tell("end of a trial", err)
 		}
 	})
 	c.log.Warn("configuration on trial", "file", next.File, "until", c.until)

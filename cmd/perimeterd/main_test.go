@@ -17,12 +17,14 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"perimeterd/configs"
+	"perimeterd/internal/audit"
 	"perimeterd/internal/control"
 	"perimeterd/internal/identity"
 	"perimeterd/internal/session"
@@ -44,6 +46,7 @@ func TestCommands(t *testing.T) {
 			e.Setenv("AWS_EC2_METADATA_DISABLED", "true")
 			e.Setenv("EC2", imds.URL)
 			e.Setenv("TZ", "UTC")
+			e.Values[running{}] = new(func())
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
@@ -52,6 +55,8 @@ func TestCommands(t *testing.T) {
 			"daemon":  startDaemon,
 			"begin":   beginSession,
 			"hold":    holdState,
+			"stop":    func(ts *testscript.TestScript, _ bool, _ []string) { (*ts.Value(running{}).(*func()))() },
+			"waitfor": waitForRecord,
 		},
 	})
 }
@@ -110,24 +115,50 @@ func startDaemon(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	sessions, err := session.OpenBolt(db, time.Now())
 	ts.Check(err)
-	ops := &control.Operations{Users: identity.NewUsers(db), Sessions: sessions, Now: time.Now, Log: slog.New(slog.DiscardHandler),
+	trail := beginTrail(c, slog.New(slog.DiscardHandler))
+	sessions.Watch(trail.session)
+	ops := &control.Operations{Users: identity.NewUsers(db), Sessions: sessions, Now: time.Now, Log: slog.New(slog.DiscardHandler), Audit: trail.Add, AuditDir: c.AuditDir(), Feed: trail.Feed,
 		Status: func() control.Status {
 			return control.Status{Version: "test", Started: time.Now(), Endpoint: c.Endpoint, Egress: []string{"203.0.113.10/32"}, Limit: c.Gate.Limit}
 		}}
 	ctx, cancel := context.WithCancel(context.Background())
 	ready, done := make(chan struct{}), make(chan error, 1)
 	go func() { done <- control.Serve(ctx, c.ControlSocket(), control.Handler(ops), func() { close(ready) }) }()
-	ts.Defer(func() {
+	stop := sync.OnceFunc(func() {
+		trail.Feed.End()
 		cancel()
-		if err := errors.Join(<-done, db.Close()); err != nil {
+		err := <-done
+		trail.end(err)
+		if err := errors.Join(err, db.Close()); err != nil {
 			panic(err)
 		}
 	})
+	ts.Defer(stop)
+	*ts.Value(running{}).(*func()) = stop
 	select {
 	case <-ready:
 	case err := <-done:
 		ts.Fatalf("control socket: %v", err)
 	}
+}
+
+// running is the key of what stops the daemon that a script started.
+type running struct{}
+
+// waitForRecord waits until the audit below a directory has a record of a kind and user.
+func waitForRecord(ts *testscript.TestScript, neg bool, args []string) {
+	c, err := configs.Load(filepath.Join(ts.MkAbs(args[0]), "perimeterd.toml"))
+	ts.Check(err)
+	for range 3000 {
+		found := false
+		_, err := audit.Query(os.DirFS(c.AuditDir()), audit.Filter{Kinds: []audit.Kind{audit.Kind(args[1])}, User: args[2]}, func(*audit.Record) error { found = true; return nil })
+		ts.Check(err)
+		if found {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	ts.Fatalf("no %s of %s in half a minute", args[1], args[2])
 }
 
 // holdState keeps the state file of a directory locked to the script's end, and answers nowhere.

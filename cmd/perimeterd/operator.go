@@ -19,6 +19,7 @@ import (
 type places interface {
 	ControlSocket() string
 	StateFile() string // empty: not known
+	AuditDir() string
 }
 
 // withUsers runs fn on the running daemon, or on the state file where none runs. The file's lock is the truth: who holds
@@ -49,7 +50,7 @@ func withUsers(ctx context.Context, p places, fn func(users) error) error {
 	// Sessions persist, so revoking must end them here too, or the daemon would take them up again at its start.
 	sessions, err := session.OpenBolt(db, time.Now())
 	if err == nil {
-		err = fn(&control.Operations{Users: identity.NewUsers(db), Sessions: sessions, Now: time.Now, Log: slog.New(slog.DiscardHandler)})
+		err = fn(audited{dir: p.AuditDir(), users: &control.Operations{Users: identity.NewUsers(db), Sessions: sessions, Now: time.Now, Log: slog.New(slog.DiscardHandler)}})
 	}
 	return errors.Join(err, db.Close())
 }

@@ -49,7 +49,7 @@ open windows expire on time, sessions come back with the next start.`,
 }
 
 // run wires every part: load, build, one errgroup, ready. What fails before ready leaves the door closed.
-func run(ctx context.Context, cfg *configs.Config) error {
+func run(ctx context.Context, cfg *configs.Config) (err error) {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	log := newLog(cfg.Log)
@@ -75,6 +75,8 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		return err
 	}
 	defer db.Close()
+	trail := beginTrail(cfg, log)
+	defer func() { trail.end(err) }()
 	users, meta := identity.NewUsers(db), identity.NewMeta(db)
 	if cfg, err = lastGood(cfg, meta, log); err != nil {
 		return err
@@ -83,6 +85,7 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	if err != nil {
 		return err
 	}
+	store.Watch(trail.session)
 	verifier, err := newVerifier(cfg.Identity, users)
 	if err != nil {
 		return err
@@ -168,7 +171,8 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	}
 	api.Count(metrics.GateRequest)
 	api.Track(forward.Connections)
-	forward.Watch(metrics.Access)
+	api.Watch(trail.refusal)
+	forward.Watch(func(a proxy.Access) { metrics.Access(a); trail.access(a) })
 	if err := metrics.Ask(console.Sources{Sets: door, Owned: door.Owned, Pending: tunnel.Pending, Connections: forward.Live}); err != nil {
 		return err
 	}
@@ -199,16 +203,19 @@ func run(ctx context.Context, cfg *configs.Config) error {
 		log.Warn("clients of an earlier run are not told that their connections are gone", "err", err)
 	}
 
-	changes := &changes{log: log, meta: meta, door: access, good: cfg, rest: func(c *configs.Config) error { return forward.Reload(c.Proxy) }}
+	changes := &changes{log: log, meta: meta, door: access, good: cfg, tell: trail.configuration, rest: func(c *configs.Config) error { return forward.Reload(c.Proxy) }}
 	operations := &control.Operations{Users: users, Sessions: store, Now: time.Now, Log: log,
 		UserChanged: func(name string) error {
 			defer api.CutRefused()
 			return errors.Join(reserve(api, users), access.userChanged(name))
 		},
-		Status:        statusOf(access.config, door, changes.problems, verifier.Problems),
+		Status:        statusOf(access.config, door, changes.problems, verifier.Problems, trail.problems),
 		Configuration: changes,
 		Listed:        verifier.Listed,
 		Forget:        sign.Forget,
+		Audit:         trail.Add,
+		AuditDir:      cfg.AuditDir(),
+		Feed:          trail.Feed,
 	}
 	if cfg.Identity.External() {
 		operations.Forget = nil // nothing is renewed here
@@ -216,9 +223,15 @@ func run(ctx context.Context, cfg *configs.Config) error {
 
 	events := event.NewLog(log, event.StrangerLimits())
 	g, ctx := errgroup.WithContext(ctx)
+	context.AfterFunc(ctx, trail.Feed.End) // who follows it would keep the control socket from closing
 	observing, operating := make(chan struct{}), make(chan struct{})
 	g.Go(func() error {
-		tell := func(e event.Event) { metrics.Event(e, events.Add(e)) }
+		tell := func(e event.Event) {
+			written := events.Add(e)
+			if metrics.Event(e, written); written {
+				trail.event(e)
+			}
+		}
 		return door.Observe(ctx, table.LogGroup, observing, func(o firewall.Opening) {
 			tell(event.Event{Kind: event.Opened, Source: o.Source, Port: o.Port, User: names.name(o.Credential), Sequence: o.Sequence, For: access.config().Knock.Window, At: o.At})
 		}, func(r firewall.Refusal) {
@@ -243,6 +256,9 @@ func run(ctx context.Context, cfg *configs.Config) error {
 	g.Go(func() error { return followAuthority(ctx, store, verifier, log) })
 	g.Go(func() error {
 		return control.Serve(ctx, cfg.ControlSocket(), control.Handler(operations), func() { close(operating) })
+	})
+	g.Go(func() error {
+		return control.ServeReaders(ctx, cfg.ControlSocket(), control.ReadersHandler(operations))
 	})
 	g.Go(func() error { return changes.Run(ctx) })
 	g.Go(func() error {

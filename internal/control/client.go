@@ -37,7 +37,14 @@ func NewClient(path string) *Client {
 	return &Client{path: path, http: http.Client{
 		Timeout: 30 * time.Second,
 		Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return dialer.DialContext(ctx, "unix", path)
+			conn, err := dialer.DialContext(ctx, "unix", path)
+			if errors.Is(err, fs.ErrPermission) {
+				// Who may only read has a socket of his own.
+				if readers, e := dialer.DialContext(ctx, "unix", ReadersSocket(path)); e == nil {
+					return readers, nil
+				}
+			}
+			return conn, err
 		}},
 	}}
 }
@@ -85,38 +92,56 @@ func (c *Client) do(ctx context.Context, method, path string, in, out any) error
 			return err
 		}
 	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://perimeterd"+path, bytes.NewReader(request))
+	res, err := c.send(ctx, &c.http, method, path, request)
 	if err != nil {
 		return err
-	}
-	res, err := c.http.Do(req)
-	switch {
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		start := "perimeterd run"
-		if c.path == serviceSocket && HasService() {
-			start = "systemctl start perimeterd"
-		}
-		return fmt.Errorf("%s: %w: start it with `%s`", c.path, ErrNotRunning, start)
-	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("%s: permission denied: run it as root, or join the group %s", c.path, Group)
-	case err != nil:
-		return fmt.Errorf("%s: %w", c.path, err)
 	}
 	defer res.Body.Close()
 	body, err := io.ReadAll(http.MaxBytesReader(nil, res.Body, maxReply))
 	if err != nil {
 		return fmt.Errorf("%s: %w", c.path, err)
 	}
-	if res.StatusCode != http.StatusOK {
-		var e vpn.ErrorReply
-		if json.Unmarshal(body, &e) != nil || e.Error == nil {
-			return fmt.Errorf("%s: the daemon answered %s", c.path, res.Status)
-		}
-		e.Error.Status = res.StatusCode
-		return e.Error
-	}
 	if out == nil {
 		return nil
 	}
 	return json.Unmarshal(body, out)
+}
+
+// stream asks for an answer that may take any time. Its body must be closed.
+func (c *Client) stream(ctx context.Context, path string) (*http.Response, error) {
+	return c.send(ctx, &http.Client{Transport: c.http.Transport}, "GET", path, nil)
+}
+
+// send returns the answer, if it is one of success.
+func (c *Client) send(ctx context.Context, client *http.Client, method, path string, request []byte) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://perimeterd"+path, bytes.NewReader(request))
+	if err != nil {
+		return nil, err
+	}
+	res, err := client.Do(req)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		start := "perimeterd run"
+		if c.path == serviceSocket && HasService() {
+			start = "systemctl start perimeterd"
+		}
+		return nil, fmt.Errorf("%s: %w: start it with `%s`", c.path, ErrNotRunning, start)
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("%s: permission denied: run it as root, or join the group %s, or %s to read only", c.path, Group, ReadersGroup)
+	case err != nil:
+		return nil, fmt.Errorf("%s: %w", c.path, err)
+	case res.StatusCode == http.StatusOK:
+		return res, nil
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(http.MaxBytesReader(nil, res.Body, maxBody))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", c.path, err)
+	}
+	var e vpn.ErrorReply
+	if json.Unmarshal(body, &e) != nil || e.Error == nil {
+		return nil, fmt.Errorf("%s: the daemon answered %s", c.path, res.Status)
+	}
+	e.Error.Status = res.StatusCode
+	return nil, e.Error
 }

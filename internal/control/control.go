@@ -1,5 +1,5 @@
 // Package control is the operators' way to the running daemon: HTTP over a unix socket in run_dir, whose file mode says
-// who may use it. Whoever may is an administrator of this host; there is no other check.
+// who may use it. Whoever may is an administrator of this host; there is no other check. A second socket answers what only shows.
 //
 //	GET    /v1/status               Status
 //	GET    /v1/users                []identity.User
@@ -10,6 +10,9 @@
 //	DELETE /v1/sessions/ID          ends it as kicked
 //	POST   /v1/configuration        Trial → Applied: takes up the file
 //	POST   /v1/configuration/confirm, /v1/configuration/rollback → Applied
+//	GET    /v1/audit                []AuditFile
+//	GET    /v1/audit/NAME           a file of the audit, as it is
+//	GET    /v1/events?follow=1      audit.Record, one a line; user, session, since and kind choose
 //	GET    /v1/configuration/table  firewall.Config: what the file would make of the table
 //
 // Refusals are vpn.ErrorReply. The daemon never sees a CA key: the enrolment carries the hash of a certificate's public
@@ -29,6 +32,7 @@ import (
 	"net/netip"
 	"time"
 
+	"perimeterd/internal/audit"
 	"perimeterd/internal/identity"
 	"perimeterd/internal/session"
 	"perimeterd/vpn"
@@ -86,7 +90,12 @@ type Operations struct {
 	// Forget tells the signer that nothing of a user's, or of his device's, is to be renewed. Nil: nobody is told.
 	Forget func(ctx context.Context, name, device string) error
 	// Status is the daemon's part of Status. Nil: none.
-	Status func() Status
+	Status   func() Status
+	AuditDir string // of the audit's files
+	// Feed has what happens. Nil: nothing is told.
+	Feed *audit.Feed
+	// Audit takes a record of every act. Nil: nobody does. It waits for nobody.
+	Audit func(audit.Record)
 	// Configuration takes up other configurations. Nil: none can be.
 	Configuration Configuration
 	// Listed says whether a name that is not in Users may come in all the same, by an external CA's list. Nil: none may.
@@ -201,14 +210,8 @@ func Handler(o *Operations) http.Handler {
 	handle := func(pattern string, fn func(r *http.Request) (any, error)) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			r.Body = http.MaxBytesReader(w, r.Body, maxBody)
-			reply, err := fn(r)
-			w.Header().Set("Content-Type", "application/json")
-			if err != nil {
-				e := apiError(err)
-				w.WriteHeader(e.Status)
-				reply = vpn.ErrorReply{Error: e}
-			}
-			_ = json.NewEncoder(w).Encode(reply) // the client hung up: nobody is left to tell
+			reply, err := o.act(pattern, r, fn)
+			answer(w, reply, err)
 		})
 	}
 	handle("GET /v1/status", func(*http.Request) (any, error) { return o.status() })
@@ -245,11 +248,24 @@ func Handler(o *Operations) http.Handler {
 	if o.Configuration != nil {
 		handleConfiguration(handle, o.Configuration)
 	}
+	handle("GET /v1/audit", func(*http.Request) (any, error) { return o.auditFiles() })
+	mux.HandleFunc("GET /v1/audit/{name}", o.auditFile)
+	mux.HandleFunc("GET /v1/events", o.events)
 	handle("/", func(r *http.Request) (any, error) {
 		return nil, &vpn.APIError{Status: http.StatusNotFound, Code: vpn.CodeNotFound,
 			Message: "no such operation: " + r.Method + " " + r.URL.Path}
 	})
 	return mux
+}
+
+func answer(w http.ResponseWriter, reply any, err error) {
+	w.Header().Set("Content-Type", "application/json")
+	if err != nil {
+		e := apiError(err)
+		w.WriteHeader(e.Status)
+		reply = vpn.ErrorReply{Error: e}
+	}
+	_ = json.NewEncoder(w).Encode(reply) // the client hung up: nobody is left to tell
 }
 
 func decode(body io.Reader, v any) error {

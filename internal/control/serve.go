@@ -14,13 +14,35 @@ import (
 	"time"
 )
 
-// Group is whose members may use the socket besides root.
-const Group = "perimeterd"
+// Groups of this host whose members may use the daemon's sockets besides root. The kernel looks at nothing but a socket's mode
+// and group, which cannot tell two groups apart: those who may only read have a socket of their own, and nobody else reaches
+// either.
+const (
+	Group        = "perimeterd"       // may do everything
+	ReadersGroup = "perimeterd-audit" // may read, see ReadersHandler
+)
+
+// ReadersSocket is where the second group asks, beside the control socket at path.
+func ReadersSocket(path string) string { return filepath.Join(filepath.Dir(path), "audit.sock") }
 
 // Serve answers on a unix socket at path until ctx ends: mode 0660 and group perimeterd where that group exists, else 0600.
 // A socket that an earlier process left is replaced. Ready, if not nil, is called when the socket takes connections.
 func Serve(ctx context.Context, path string, h http.Handler, ready func()) error {
-	ln, err := Listen("unix", path)
+	return serve(ctx, path, Group, h, ready)
+}
+
+// ServeReaders answers those who may only read, by ReadersHandler, beside the control socket at path, until ctx ends. Where
+// their group does not exist there is nobody to answer.
+func ServeReaders(ctx context.Context, path string, h http.Handler) error {
+	if _, err := user.LookupGroup(ReadersGroup); err != nil {
+		<-ctx.Done()
+		return nil
+	}
+	return serve(ctx, ReadersSocket(path), ReadersGroup, h, nil)
+}
+
+func serve(ctx context.Context, path, group string, h http.Handler, ready func()) error {
+	ln, err := listen("unix", path, group)
 	if err != nil {
 		return fmt.Errorf("control socket %s: %w", path, err)
 	}
@@ -31,6 +53,7 @@ func Serve(ctx context.Context, path string, h http.Handler, ready func()) error
 	}
 	srv := &http.Server{
 		Handler: h, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
+		ConnContext: withPeer,
 	}
 	done := make(chan error, 1)
 	go func() { done <- srv.Serve(ln) }()
@@ -60,7 +83,9 @@ func Serve(ctx context.Context, path string, h http.Handler, ready func()) error
 
 // Listen makes a socket ("unix", "unixpacket") in a directory that is ours alone, and moves it to path when its mode and
 // owner are right: bind would create it with whatever the umask leaves open.
-func Listen(network, path string) (net.Listener, error) {
+func Listen(network, path string) (net.Listener, error) { return listen(network, path, Group) }
+
+func listen(network, path, group string) (net.Listener, error) {
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
@@ -77,7 +102,7 @@ func Listen(network, path string) (net.Listener, error) {
 	}
 	ln.SetUnlinkOnClose(false)
 	mode := fs.FileMode(0o600)
-	if g, err := user.LookupGroup(Group); err == nil {
+	if g, err := user.LookupGroup(group); err == nil {
 		gid, err := strconv.Atoi(g.Gid)
 		if err == nil {
 			err = os.Chown(tmp, -1, gid)

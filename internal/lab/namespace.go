@@ -35,6 +35,12 @@ var etcFiles = map[string]string{
 		"198.18.1.1 bastion.test\n2001:db8:18:1::1 bastion.test\n198.18.1.2 client.test\n",
 }
 
+// ownGroups are those that the package makes. The first has the number that the daemon takes without it.
+const ownGroups = "perimeterd:x:60194:\nperimeterd-audit:x:60195:\n"
+
+// ReadersGroup is the second one's number.
+const ReadersGroup = 60195
+
 // Namespace is one host of a lab.
 type Namespace struct {
 	Name  string     // as `ip netns` lists it
@@ -53,6 +59,13 @@ type Namespace struct {
 func newNamespace(ctx context.Context, name string) (*Namespace, error) {
 	etc := filepath.Join(ownEtc, name)
 	if err := os.MkdirAll(etc, 0o755); err != nil {
+		return nil, err
+	}
+	groups, err := os.ReadFile("/etc/group")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(filepath.Join(etc, "group"), append(groups, ownGroups...), 0o644); err != nil {
 		return nil, err
 	}
 	for file, text := range etcFiles {

@@ -59,6 +59,7 @@ type Gate struct {
 	known   func(netip.Addr) bool
 	callers *callers
 	count   func(code string)
+	watch   func(Refusal)
 
 	connections func(session.ID) int
 	rest        sync.Mutex
@@ -72,7 +73,7 @@ func New(cfg Config, known func(netip.Addr) bool, serverKey [32]byte, cert tls.C
 		return nil, fmt.Errorf("tunnel.network %v has %d addresses for session.limit %d; released ones rest for %v: "+
 			"take a larger network or a limit of %d", cfg.Network, n, cfg.Limit, vpn.Quarantine, n/2)
 	}
-	g := &Gate{cfg: cfg, serverKey: serverKey, cert: cert, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: logger, count: func(string) {},
+	g := &Gate{cfg: cfg, serverKey: serverKey, cert: cert, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: logger, count: func(string) {}, watch: func(Refusal) {},
 		pace: pace{next: map[[32]byte]time.Time{}}, known: known, callers: &callers{by: map[*counted]caller{}},
 		connections: func(session.ID) int { return 0 }, ended: map[session.ID]netip.Addr{}}
 	for _, s := range store.List() {
@@ -128,7 +129,7 @@ func (g *Gate) Run(ctx context.Context, listeners ...net.Listener) error {
 	config := g.verifier.TLSConfig(g.cert)
 	config.NextProtos = []string{"http/1.1"}
 	config.SessionTicketsDisabled = true // over TCP they save no round trip, and resumption would skip checks
-	few := &fewLines{log: g.log, limit: rate.NewLimiter(1, 20)}
+	few := &fewLines{log: g.log, limit: rate.NewLimiter(1, 20), watch: g.watch}
 	config.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 		// For who is refused, and where he comes from, in one line.
 		c := config.Clone()
@@ -139,7 +140,9 @@ func (g *Gate) Run(ctx context.Context, listeners ...net.Listener) error {
 			}
 			var refusal *identity.Refusal
 			if errors.As(err, &refusal) {
-				few.line(slog.LevelInfo, "certificate refused", "user", refusal.User, "source", addrPort(hello.Conn.RemoteAddr()), "reason", refusal.Code, "err", refusal.Text)
+				id := refusalID()
+				g.watch(Refusal{ID: id, Stage: Certificate, User: refusal.User, Source: addrPort(hello.Conn.RemoteAddr()).String(), Code: string(refusal.Code), Text: refusal.Text})
+				few.line(slog.LevelInfo, "certificate refused", "id", id, "user", refusal.User, "source", addrPort(hello.Conn.RemoteAddr()), "reason", refusal.Code, "err", refusal.Text)
 			}
 			return err
 		}
@@ -228,7 +231,12 @@ func (g *Gate) refuse(w http.ResponseWriter, r *http.Request, id identity.Identi
 	}
 	g.count(api.Code)
 	status := vpn.StatusOf(api.Code)
-	g.log.Info("request refused", "user", id.User, "source", r.RemoteAddr, "method", r.Method, "path", r.URL.Path,
+	refused := Refusal{ID: refusalID(), Stage: Request, User: id.User, Device: id.Device, Source: r.RemoteAddr, Method: r.Method, Path: r.URL.Path, Status: status, Code: api.Code, Text: err.Error()}
+	if refusal != nil {
+		refused.User = refusal.User
+	}
+	g.watch(refused)
+	g.log.Info("request refused", "id", refused.ID, "user", refused.User, "source", r.RemoteAddr, "method", r.Method, "path", r.URL.Path,
 		"status", status, "code", api.Code, "err", err)
 	w.Header().Set("Content-Type", "application/json")
 	if status == http.StatusServiceUnavailable || status == http.StatusTooManyRequests {

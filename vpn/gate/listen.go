@@ -192,6 +192,7 @@ func (p *pace) wait(certificate [32]byte, now time.Time) time.Duration {
 type fewLines struct {
 	log        *slog.Logger
 	limit      *rate.Limiter
+	watch      func(Refusal)
 	suppressed atomic.Int64
 }
 
@@ -223,7 +224,9 @@ func (f *fewLines) Write(b []byte) (int, error) {
 		// Clients race several connections and close all but one.
 		f.line(slog.LevelDebug, "handshake not begun", "source", source, "err", cause)
 	default:
-		f.line(slog.LevelInfo, "handshake failed", "source", source, "err", cause)
+		id := refusalID()
+		f.watch(Refusal{ID: id, Stage: Handshake, Source: source, Text: cause})
+		f.line(slog.LevelInfo, "handshake failed", "id", id, "source", source, "err", cause)
 	}
 	return len(b), nil
 }
