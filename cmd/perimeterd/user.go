@@ -129,7 +129,7 @@ func printUsers(out io.Writer, all []identity.User, now time.Time) error {
 			if !u.Active() {
 				state = "revoked " + u.Revoked.Local().Format(time.DateOnly)
 			}
-			fmt.Fprintf(w, "%s\t-\t%s\t-\t%s\n", u.Name, groups, state)
+			fmt.Fprintf(w, "%s\t-\t%s\t-\t-\t%s\n", u.Name, groups, state)
 		}
 		for _, d := range u.Devices {
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", u.Name, d.Name, groups, d.NotAfter.Local().Format(time.DateOnly), seenText(d, now), deviceState(d, now))

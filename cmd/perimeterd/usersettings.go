@@ -286,6 +286,9 @@ share, and stays: it hides the gate, no more. Groups and settings stay too.`,
 			if err != nil {
 				return err
 			}
+			if c.Identity.External() {
+				return fmt.Errorf("user profile: %w: docs/migrate-openvpn.md says how a profile is made by hand", errExternal)
+			}
 			if err := withUsers(cmd.Context(), c, func(us users) error { return o.chooseDevice(cmd.Context(), us) }); err != nil {
 				return err
 			}

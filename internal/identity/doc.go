@@ -9,6 +9,13 @@
 // somebody is follows from the store, by the SHA-256 of the certificate's public key (SubjectPublicKeyInfo), so a second
 // certificate for a name that was never entered here opens nothing, whoever signed it.
 //
+// # An external authority
+//
+// Where the authority is another's, the store knows no keys. Who somebody is follows from the common name, and whether he
+// comes in from the authority's CRLs, from a list of subjects, and from the store, whose revocation is above both. Files are
+// followed as they change; a bad one leaves what was good before it, and a CRL past its nextUpdate closes. A user who was
+// revoked and is let in again needs a certificate that was issued since.
+//
 // # State
 //
 // Users, credential ids and the highest token step live in one bbolt file. Nobody is ever deleted from it: a revoked user

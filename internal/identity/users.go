@@ -113,7 +113,7 @@ func (s *Users) Add(e Enrolment, now time.Time) (u User, err error) {
 		}
 		switch {
 		case !known:
-			u = User{Name: e.Name, Groups: e.Groups, Created: now}
+			u = User{Name: e.Name, Groups: e.Groups, Created: now, Devices: []Device{}}
 			if u.Credential, err = nextCredential(tx); err != nil {
 				return err
 			}
@@ -276,7 +276,7 @@ func (s *Users) Forbid(name string, now time.Time) (u User, err error) {
 		if _, known, err := get(tx, name); err != nil || known {
 			return cmp.Or(err, fmt.Errorf("user %q: %w", name, ErrUserExists))
 		}
-		u = User{Name: name, Groups: []string{}, Created: now, Revoked: now}
+		u = User{Name: name, Groups: []string{}, Created: now, Revoked: now, Devices: []Device{}}
 		if u.Credential, err = nextCredential(tx); err != nil {
 			return err
 		}

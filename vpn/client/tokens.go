@@ -97,6 +97,9 @@ func (t *Tokens) Next(now time.Time) (token knock.Token, err error) {
 // Repeated spends a token, or gives the one again that was sent to this address of the gate before and has brought no answer. So silence,
 // however long, uses up half of a step's tokens, and leaves some for when the way is open.
 func (t *Tokens) Repeated(to netip.Addr, now time.Time) (knock.Token, error) {
+	if len(t.secret) == 0 { // and no step
+		return knock.Token{}, ErrNoTokens
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	p, step := t.pending[to], knock.StepAt(now, t.step)

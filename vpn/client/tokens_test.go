@@ -109,10 +109,12 @@ func TestTornTokenStateIsAFreshStart(t *testing.T) {
 }
 
 func TestProfileWithoutSecretHasNoTokens(t *testing.T) {
-	k := newTestTokens(t)
-	k.secret = nil
+	k := &Tokens{file: newTestTokens(t).file} // no step either
 	if _, err := k.Next(time.Now()); !errors.Is(err, ErrNoTokens) {
 		t.Errorf("error %v", err)
+	}
+	if _, err := k.Repeated(netip.MustParseAddr("198.51.100.1"), time.Now()); !errors.Is(err, ErrNoTokens) {
+		t.Errorf("again: error %v", err)
 	}
 }
 

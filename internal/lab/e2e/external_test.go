@@ -505,7 +505,12 @@ func TestTheMigrationGuideIsRight(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	vpnBin, err := lab.Bin("vpn")
+	if err != nil {
+		t.Fatal(err)
+	}
 	guide := strings.NewReplacer(
+		`"31204", "55773", "4393", "19712"`, `"`+strings.Join(s.sequence(), `", "`)+`"`, "    vpn ", "    "+vpnBin+" ",
 		"/etc/openvpn", openvpn, "/etc/perimeterd", s.daemon.Dir, "DNS:bastion.example.com", "IP:"+s.Bastion.Addr.String(), "bastion.example.com", s.Bastion.Addr.String(),
 		"31204 55773 4393 19712", strings.Join(s.sequence(), " "), "    knock ", "    /usr/bin/knock -d 20 ", "    perimeterd ", "    "+bin+" --config "+s.daemon.Config+" ",
 		"./easyrsa ", "./easyrsa --batch ", "curl --", "curl -sS --max-time 5 --",
@@ -513,7 +518,7 @@ func TestTheMigrationGuideIsRight(t *testing.T) {
 	run := func(at *lab.Namespace, block string) string {
 		t.Helper()
 		c := at.Command(s.ctx, "bash", "-euo", "pipefail", "-c", block)
-		c.Dir = laptop
+		c.Dir, c.Env = laptop, append(os.Environ(), "HOME="+laptop, "XDG_CONFIG_HOME="+laptop+"/.config", "XDG_RUNTIME_DIR="+laptop)
 		return s.ok(c)
 	}
 	blocks := map[string][]string{}
@@ -530,8 +535,8 @@ func TestTheMigrationGuideIsRight(t *testing.T) {
 		}
 		inside = is
 	}
-	bastion, atLaptop, then := blocks["On the bastion"], blocks["On a laptop"], blocks["From then on"]
-	if len(bastion) != 4 || len(atLaptop) != 1 || len(then) != 1 || !strings.Contains(bastion[0], " init ") || strings.Count(bastion[3], "\n") != 3 {
+	bastion, atLaptop, client, then := blocks["On the bastion"], blocks["On a laptop"], blocks["Our client"], blocks["From then on"]
+	if len(bastion) != 4 || len(atLaptop) != 1 || len(client) != 2 || len(then) != 1 || !strings.Contains(bastion[0], " init ") || strings.Count(bastion[3], "\n") != 3 {
 		t.Fatalf("the guide has other blocks: %q", blocks)
 	}
 	run(s.Bastion, bastion[1])
@@ -554,9 +559,11 @@ func TestTheMigrationGuideIsRight(t *testing.T) {
 	if out := run(s.Client, atLaptop[0]); !strings.Contains(out, `"user":"alice"`) {
 		t.Errorf("%s", out)
 	}
+	run(s.Bastion, client[0])
+	run(s.Client, client[1])
 	run(s.Bastion, then[0])
 	s.await("alice is out, bob is in", func() bool {
-		return len(s.daemon.Entries("session ended")) == 1 && s.asksAs("bob").Run() == nil
+		return len(s.daemon.Entries("session ended")) == 2 && s.asksAs("bob").Run() == nil
 	})
 	s.refused(s.asks(filepath.Join(laptop, "alice.crt"), filepath.Join(laptop, "alice.key")), "certificate refused", `"reason":"revoked"`)
 	s.refused(s.asksAs("carol"), "certificate refused", `"reason":"revoked"`)
