@@ -82,7 +82,7 @@ func floods() (list []attack) {
 					return lab.SYN4(spoofed(i/len(s.ports)), s.to(s.ports[i%len(s.ports)]))
 				}
 			}},
-		{name: "other packets in the names of those who knock", quick: true, rate: 2000, lead: 500, sets: []string{"progress4", "open4"}, sequences: true,
+		{name: "other packets in the names of those who knock", rate: 2000, lead: 500, sets: []string{"progress4", "open4"}, sequences: true,
 			packet: func(s *stage) func(int) []byte {
 				return func(i int) []byte {
 					from := netip.AddrPortFrom(s.friends[i%len(s.friends)].addr, uint16(1024+rand.IntN(60000)))

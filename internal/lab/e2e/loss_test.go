@@ -105,9 +105,9 @@ func TestTokenThatIsOvertakenOpensAllTheSame(t *testing.T) {
 func TestSilentGateDoesNotUseUpTheTokens(t *testing.T) {
 	s := newStage(t, lab.Options{LongLink: true})
 	s.Link.SetLoss(func(p lab.Packet) bool { return p.Direction == lab.FromClient })
-	s.fails(s.alice.Knock(s.ctx, "--timeout", "8s"))
+	s.fails(s.alice.Knock(s.ctx, "--timeout", "5s"))
 	if n := s.spentTokens(); n > knock.Indexes/2 {
-		t.Errorf("8 s of silence used up %d of %d tokens", n, knock.Indexes)
+		t.Errorf("5 s of silence used up %d of %d tokens", n, knock.Indexes)
 	}
 	s.Link.SetLoss(isKnock)
 	s.ok(s.alice.Knock(s.ctx))
