@@ -73,18 +73,23 @@ type ErrorReply struct {
 
 // Stable codes.
 const (
-	CodeBadRequest  = "bad_request"   // 400: not JSON, an unknown field, a wrong length
-	CodeTooLarge    = "too_large"     // 413
-	CodeForbidden   = "forbidden"     // 403: certificate not accepted any more
-	CodeRevoked     = "revoked"       // 403
-	CodeNotFound    = "not_found"     // 404: no such session of this caller
-	CodeMethod      = "method"        // 405
-	CodeKeyBound    = "key_bound"     // 409: the key belongs to another certificate, or its session ended
-	CodePostQuantum = "post_quantum"  // 403: require_post_quantum and a classical key exchange
-	CodeLimit       = "session_limit" // 503
-	CodePool        = "address_pool"  // 503
-	CodeRate        = "rate"          // 429
-	CodeInternal    = "internal"      // 500
+	CodeBadRequest   = "bad_request"   // 400: not JSON, an unknown field, a wrong length
+	CodeTooLarge     = "too_large"     // 413
+	CodeForbidden    = "forbidden"     // 403: certificate not accepted any more
+	CodeRevoked      = "revoked"       // 403
+	CodeNotFound     = "not_found"     // 404: no such session of this caller
+	CodeMethod       = "method"        // 405
+	CodeKeyBound     = "key_bound"     // 409: the key belongs to another certificate, or its session ended
+	CodePostQuantum  = "post_quantum"  // 403: require_post_quantum and a classical key exchange
+	CodeTooEarly     = "too_early"     // 409: more than a third of the certificate's time is left
+	CodeRenewed      = "renewed"       // 409: the certificate was renewed before, with another key
+	CodeNotRenewable = "not_renewable" // 403: the signer does not know it, or not any more
+	CodeYearOver     = "year_over"     // 403: renewals end a year after the enrolment
+	CodeNoSigner     = "no_signer"     // 503: certificates are not renewed here
+	CodeLimit        = "session_limit" // 503
+	CodePool         = "address_pool"  // 503
+	CodeRate         = "rate"          // 429
+	CodeInternal     = "internal"      // 500
 )
 
 // StatusOf is the HTTP status that belongs to a code.
@@ -94,15 +99,15 @@ func StatusOf(code string) int {
 		return http.StatusBadRequest
 	case CodeTooLarge:
 		return http.StatusRequestEntityTooLarge
-	case CodeForbidden, CodeRevoked, CodePostQuantum:
+	case CodeForbidden, CodeRevoked, CodePostQuantum, CodeNotRenewable, CodeYearOver:
 		return http.StatusForbidden
 	case CodeNotFound:
 		return http.StatusNotFound
 	case CodeMethod:
 		return http.StatusMethodNotAllowed
-	case CodeKeyBound:
+	case CodeKeyBound, CodeTooEarly, CodeRenewed:
 		return http.StatusConflict
-	case CodeLimit, CodePool:
+	case CodeLimit, CodePool, CodeNoSigner:
 		return http.StatusServiceUnavailable
 	case CodeRate:
 		return http.StatusTooManyRequests

@@ -40,6 +40,9 @@ func endRefused(store session.Store, verifier *identity.Verifier, log *slog.Logg
 			errs = append(errs, err, refusal.Err)
 			continue
 		}
+		if refusal.Code == identity.Superseded {
+			continue // its owner has another since, and goes on
+		}
 		log.Warn("a session's certificate is not let in any more", "session", s.ID, "user", s.User, "device", s.Device, "reason", refusal.Code, "err", refusal.Text)
 		if err := store.End(s.ID, session.Revoked); err != nil && !errors.Is(err, session.ErrNotFound) {
 			errs = append(errs, err)

@@ -162,6 +162,9 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	if err != nil {
 		return err
 	}
+	if !cfg.Identity.External() {
+		api.RenewBy(gate.Renewals{Signer: sign, Users: users, CA: cfg.Identity.CA})
+	}
 	if err := reserve(api, users); err != nil {
 		return err
 	}

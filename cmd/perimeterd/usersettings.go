@@ -352,6 +352,8 @@ func noteSeen(seen *identity.Seen) func(session.Event) {
 			seen.Note(e.Session.Certificate, e.Session.Created)
 		case session.Deleted, session.Replaced: // its client did that
 			seen.Note(e.Session.Certificate, time.Now())
+		default:
+			seen.Note(e.Session.Certificate, e.Session.Seen.Handshake)
 		}
 	}
 }

@@ -159,7 +159,7 @@ func (o *Operations) RevokeUser(ctx context.Context, name, device string) (ident
 
 func revokedKey(u identity.User, key [32]byte) bool {
 	for _, d := range u.Devices {
-		if d.Key == key {
+		if d.ID() == key {
 			return !d.Revoked.IsZero()
 		}
 	}

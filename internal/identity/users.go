@@ -58,21 +58,24 @@ type User struct {
 	Devices []Device `json:"devices"` // oldest first, revoked ones included; of an external authority's, those entered here
 }
 
-// Device is one certificate of a user.
+// Device is one certificate of a user, and those renewed from it.
 type Device struct {
-	Name     string    `json:"name"`
-	Key      KeyHash   `json:"key"`
-	NotAfter time.Time `json:"not_after"`
-	Created  time.Time `json:"created"`
-	Revoked  time.Time `json:"revoked,omitzero"`
-	LastSeen time.Time `json:"last_seen,omitzero"` // for lists: as Seen recorded it
+	Name     string     `json:"name"`
+	Key      KeyHash    `json:"key"`
+	NotAfter time.Time  `json:"not_after"`
+	Created  time.Time  `json:"created"`
+	Revoked  time.Time  `json:"revoked,omitzero"`
+	First    KeyHash    `json:"first,omitzero"`     // of the certificate it was enrolled with; zero: Key
+	Old      KeyHash    `json:"old,omitzero"`       // of the one before this; zero: there was none
+	Next     *Successor `json:"next,omitempty"`     // issued, and never used so far
+	LastSeen time.Time  `json:"last_seen,omitzero"` // for lists: as Seen recorded it
 }
 
 // Active says whether the user is not revoked. Whether a certificate still holds is the device's matter.
 func (u User) Active() bool { return u.Revoked.IsZero() }
 
 // Active says whether the device is neither revoked nor expired.
-func (d Device) Active(now time.Time) bool { return d.Revoked.IsZero() && now.Before(d.NotAfter) }
+func (d Device) Active(now time.Time) bool { return d.Revoked.IsZero() && now.Before(d.end()) }
 
 // Enrolment is a certificate that was just issued, about to become a user's. Without Device, Key and NotAfter it is a name
 // alone, which lets in certificates of an external authority, and none of the built-in one.
@@ -169,7 +172,7 @@ func (u *User) retire(e Enrolment, now time.Time) error {
 func unusedKey(tx *bolt.Tx, key KeyHash) error {
 	return each(tx, func(u User) error {
 		for _, d := range u.Devices {
-			if d.Key == key {
+			if d.has(key) {
 				return fmt.Errorf("user %q: this key %w, as device %q: make a new one", u.Name, ErrUserExists, d.Name)
 			}
 		}
@@ -225,7 +228,7 @@ func (s *Users) List() (all []User, err error) {
 	err = s.db.View(func(tx *bolt.Tx) error {
 		return each(tx, func(u User) error {
 			for i := range u.Devices {
-				u.Devices[i].LastSeen = lastSeen(tx, u.Devices[i].Key)
+				u.Devices[i].LastSeen = lastSeen(tx, u.Devices[i].ID())
 			}
 			all = append(all, u)
 			return nil

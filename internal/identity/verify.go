@@ -11,11 +11,15 @@ import (
 
 // Identity is who a client certificate stands for.
 type Identity struct {
-	User        string
-	Device      string
-	Groups      []string
-	Credential  uint32
-	Certificate [32]byte // SHA-256 of the certificate's public key (SubjectPublicKeyInfo)
+	User       string
+	Device     string
+	Groups     []string
+	Credential uint32
+	// Certificate is the SHA-256 of the certificate's public key (SubjectPublicKeyInfo), or where it was renewed that of the
+	// first one's: sessions and addresses stay with it.
+	Certificate [32]byte
+	Key         KeyHash // of the certificate itself
+	Unused      bool    // a renewed certificate's first use: Users.Used is to be told
 	NotAfter    time.Time
 	Chain       [][]byte // DER, the certificate first and what leads from it to an authority after it: for Again
 	Settings    Settings
@@ -35,6 +39,7 @@ const (
 	UnknownUser   Code = "unknown_user"
 	UnknownKey    Code = "unknown_key" // the user is known, this certificate is not his
 	RevokedCert   Code = "revoked"     // the user, this device, or the certificate by its authority's CRL
+	Superseded    Code = "superseded"  // renewed, and its successor was used
 	StateFailed   Code = "state_failed"
 	NoCRL         Code = "no_crl"      // there is no current CRL of its issuer
 	NotAllowed    Code = "not_allowed" // identity.allowed has not its subject
@@ -175,21 +180,24 @@ func (v *Verifier) judge(leaf *x509.Certificate, others []*x509.Certificate) (Id
 		return refuse(RevokedCert, nil, "the user was revoked: ask the operator")
 	}
 	key := HashKey(leaf)
-	var device string
-	switch i := slices.IndexFunc(u.Devices, func(d Device) bool { return d.Key == key }); {
+	id := Identity{User: u.Name, Groups: u.Groups, Credential: u.Credential, Certificate: key, Key: key, Settings: u.Settings}
+	switch i := slices.IndexFunc(u.Devices, func(d Device) bool { return d.has(key) }); {
 	case i >= 0 && !u.Devices[i].Revoked.IsZero():
 		return refuse(RevokedCert, nil, "the device %q was revoked: ask the operator", u.Devices[i].Name)
 	case i >= 0:
-		device = u.Devices[i].Name
+		d := u.Devices[i]
+		id.Device, id.Certificate, id.Unused = d.Name, d.ID(), d.Next != nil && d.Next.Key == key
+		if d.Key != key && !id.Unused {
+			return refuse(Superseded, nil, "it was renewed, and its successor used since: use that one, or ask the operator for a new profile")
+		}
 	case v.external == nil:
 		return refuse(UnknownKey, nil, "this certificate was never given to him here: ask the operator for a new profile")
 	case leaf.NotBefore.Before(u.Barred):
 		return refuse(RevokedCert, nil, "it was issued on %s, before its user was revoked on %s: ask the operator for a new one",
 			leaf.NotBefore.Format(time.RFC3339), u.Barred.Format(time.RFC3339))
 	default:
-		device = serialKey(leaf.SerialNumber)
+		id.Device = serialKey(leaf.SerialNumber)
 	}
-	id := Identity{User: u.Name, Device: device, Groups: u.Groups, Credential: u.Credential, Certificate: key, Settings: u.Settings}
 	id.Chain, id.NotAfter = longest(chains)
 	return id, nil
 }

@@ -227,14 +227,14 @@ func renew(ca *identity.CA, known record, csr *identity.Request, old *x509.Certi
 	if from := vpn.RenewFrom(old.NotBefore, old.NotAfter); now.Before(from) && !leaving {
 		return nil, refuse(TooEarly, "the certificate may be renewed from %s on", from.UTC().Format(time.RFC3339))
 	}
-	end := now.Add(identity.Validity(old)).Truncate(time.Second)
-	for _, limit := range []time.Time{was.Enrolled.Add(identity.Renewals).Truncate(time.Second), ca.Certificate.NotAfter} {
-		if limit.Before(end) {
-			end = limit
-		}
+	end, limit := now.Add(identity.Validity(old)).Truncate(time.Second), was.Enrolled.Add(identity.Renewals).Truncate(time.Second)
+	if ca.Certificate.NotAfter.Before(limit) {
+		limit = ca.Certificate.NotAfter
 	}
-	if !end.After(old.NotAfter) && !leaving || !end.After(now) {
-		return nil, refuse(YearOver, "a year after the enrolment, on %s, renewals end: enrol anew", was.Enrolled.UTC().Format(time.DateOnly))
+	if limit.Before(end) {
+		if end = limit; !end.After(now) || !end.After(old.NotAfter) && !leaving {
+			return nil, refuse(YearOver, "renewals end on %s, a year after the enrolment or with the CA", limit.UTC().Format(time.DateOnly))
+		}
 	}
 	next := certificate{Device: was.Device, Key: csr.Key, Enrolled: was.Enrolled, NotAfter: end}
 	cert, err := sign(ca, csr, name, next, now)

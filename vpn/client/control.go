@@ -26,12 +26,13 @@ const (
 	doStatus = "status" // at once
 	doUp     = "up"     // when the tunnel is up and not known to be blocked; it then stays up
 	doHold   = "hold"   // when data have passed; a tunnel raised for holders stays while this connection does
+	doRenew  = "renew"  // when the certificate was renewed, or not
 	doDown   = "down"   // when the tunnel is down; the connection ends with the process
 )
 
 type controlRequest struct {
 	Do   string        `json:"do"`
-	Wait time.Duration `json:"wait,omitempty"` // for up and hold: how long at most
+	Wait time.Duration `json:"wait,omitempty"` // for up, hold and renew: how long at most
 }
 
 // Answer is what the process says to a request.
@@ -248,6 +249,15 @@ func (s *Server) talk(ctx context.Context, c net.Conn, end func()) {
 		if ctx.Err() != nil {
 			<-s.ended
 		}
+	case doRenew:
+		<-s.ready
+		err := s.failed
+		if err == nil {
+			waiting, cancel := context.WithTimeout(ctx, req.Wait)
+			defer cancel()
+			err = s.Keeper.Renew(waiting)
+		}
+		answer(err)
 	case doDown:
 		end()
 		<-s.ended
@@ -312,6 +322,15 @@ func AskUp(ctx context.Context, p *Profile, wait time.Duration) (Status, error) 
 	}
 	c.Close()
 	return a.Status, nil
+}
+
+// AskRenew has the profile's process renew the certificate, and waits so long at most; ErrDown when there is none.
+func AskRenew(ctx context.Context, p *Profile, wait time.Duration) error {
+	c, _, err := ask(ctx, p, controlRequest{doRenew, wait})
+	if err != nil {
+		return err
+	}
+	return c.Close()
 }
 
 // AskDown ends the profile's process and waits for it; ErrDown when there is none.

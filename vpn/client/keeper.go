@@ -7,6 +7,8 @@ import (
 	"math/rand/v2"
 	"sync"
 	"time"
+
+	"perimeterd/vpn"
 )
 
 // What a keeper does when.
@@ -20,6 +22,9 @@ const (
 	reviveLimit    = 4 // revivals in vain before a new session is asked for
 	longestPause   = time.Minute
 	refusedPause   = 10 * time.Minute // where only a person can help
+
+	renewalRefusedPause = 6 * time.Hour
+	renewalFailedPause  = 5 * time.Minute
 )
 
 // Keeper holds a tunnel up: it follows a changed network, renews the session before its end, and asks for a new one when
@@ -30,11 +35,13 @@ type Keeper struct {
 	Now     func() time.Time
 
 	mu      sync.Mutex
+	profile *Profile // in the place of Options.Profile, since it was renewed; nil: it was not
 	tunnel  *Tunnel
 	state   string
 	data    string
 	since   time.Time
 	problem string
+	renewal string        // why the certificate is not renewed, though it soon ends
 	hurry   bool          // somebody waits for the tunnel: try at once
 	changed chan struct{} // closed at the next change of state and data; nil while nobody waits
 }
@@ -43,7 +50,7 @@ type Keeper struct {
 func (k *Keeper) Start(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, k.Timeout)
 	defer cancel()
-	t, err := Open(ctx, k.Options, nil)
+	t, err := Open(ctx, k.options(), nil)
 	if err != nil {
 		return err
 	}
@@ -112,7 +119,7 @@ func (k *Keeper) Stop() {
 	go func() { t.Close(); close(closed) }()
 	ctx, cancel := context.WithTimeout(context.Background(), endPatience)
 	defer cancel()
-	if err := EndSession(ctx, k.Profile, k.Tokens, t.Session.ID); err != nil {
+	if err := EndSession(ctx, k.options().Profile, k.Tokens, t.Session.ID); err != nil {
 		k.Log.Warn("the gate was not told; the session expires by itself", "session", t.Session.ID, "error", err)
 	}
 	<-closed
@@ -191,8 +198,19 @@ func (k *Keeper) Run(ctx context.Context) error {
 	var asking chan error // gets the gate's answer about the session
 	var known time.Time   // when the gate said that the session stands; zero: it has not, or a handshake came since
 	refused := false
+	var renewing chan error // gets what became of the certificate's renewal
+	var renewalAt time.Time // none before
 	for {
 		now := k.Now()
+		if renewing == nil && !now.Before(renewalAt) && !now.Before(k.options().Profile.RenewFrom()) {
+			result := make(chan error, 1)
+			renewing = result
+			go func() {
+				ctx, cancel := context.WithTimeout(ctx, k.Timeout)
+				defer cancel()
+				result <- k.Renew(ctx)
+			}()
+		}
 		if k.unconfirmed(t) && !now.Before(probeAt) {
 			probeAt = now.Add(probeEvery)
 			go k.probe(ctx, t)
@@ -204,6 +222,12 @@ func (k *Keeper) Run(ctx context.Context) error {
 			return nil
 		case answer = <-asking:
 			asking, answered = nil, true
+		case err := <-renewing:
+			renewing, renewalAt = nil, k.Now().Add(renewalPause(err, k.options().Profile.Expires().Sub(k.Now())))
+			if err != nil && ctx.Err() == nil {
+				k.unrenewed(err)
+			}
+			continue
 		case <-tick.C:
 		}
 		v.now = k.Now()
@@ -228,6 +252,8 @@ func (k *Keeper) Run(ctx context.Context) error {
 		case forgotten(answer):
 			k.Log.Info("the gate does not know this session any more: asking for a new one", "session", t.Session.ID)
 			v.renewAt, v.nextTry, v.lost = v.now, time.Time{}, true
+		case certificateRefused(answer) && k.reload():
+			v.nextTry = time.Time{}
 		case certificateRefused(answer):
 			refused = true
 			k.refuse(answer)
@@ -267,15 +293,18 @@ func (k *Keeper) Run(ctx context.Context) error {
 				go func() {
 					ctx, cancel := context.WithTimeout(ctx, askPatience)
 					defer cancel()
-					reply <- t.ask(ctx, k.Options)
+					reply <- t.ask(ctx, k.options())
 				}()
 			}
 		case renew:
 			failures++
 			opening, cancel := context.WithTimeout(ctx, k.Timeout)
-			fresh, err := Open(opening, k.Options, t)
+			fresh, err := Open(opening, k.options(), t)
 			cancel()
 			if err != nil {
+				if certificateRefused(err) && k.reload() {
+					break
+				}
 				if certificateRefused(err) {
 					refused = true
 					k.refuse(err)
@@ -303,6 +332,72 @@ func (k *Keeper) Run(ctx context.Context) error {
 			v = vitals{renewAt: renewTime(k.Now(), t.Session.Expires), nextTry: k.Now().Add(pause(failures, longestPause)), young: true}
 		}
 	}
+}
+
+// options are what to open with: the profile may be a renewed one.
+func (k *Keeper) options() Options {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	o := k.Options
+	if k.profile != nil {
+		o.Profile = k.profile
+	}
+	return o
+}
+
+// Renew gets a new certificate. The session goes on, and is the new certificate's.
+func (k *Keeper) Renew(ctx context.Context) error {
+	p, err := Renew(ctx, k.options().Profile, k.Tokens)
+	if err != nil {
+		return err
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.profile, k.renewal = p, ""
+	k.Log.Info("certificate renewed", "until", p.Expires())
+	return nil
+}
+
+// unrenewed notes that the certificate will end, and says it once.
+func (k *Keeper) unrenewed(err error) {
+	ends := k.options().Profile.Expires()
+	text := fmt.Sprintf("the certificate ends on %s, and is not renewed: %v", ends.Local().Format(time.DateTime), err)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.renewal != text {
+		k.renewal = text
+		k.Log.Warn("certificate not renewed", "ends", ends, "error", err)
+	}
+}
+
+// reload takes another certificate from the profile's file, where it has one by now: another process renewed it, or it was
+// imported.
+func (k *Keeper) reload() bool {
+	old := k.options().Profile
+	if old.file == "" {
+		return false
+	}
+	p, err := LoadProfile(old.file)
+	if err != nil || p.Certificate == old.Certificate || p.Name() != old.Name() || p.ServerID != old.ServerID {
+		return false
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.profile, k.renewal = p, ""
+	k.Log.Info("the profile has another certificate by now", "until", p.Expires())
+	return true
+}
+
+// renewalPause is how long to wait with the next renewal after one that ended with err, where the certificate has so much left.
+func renewalPause(err error, left time.Duration) time.Duration {
+	var api *vpn.APIError
+	switch {
+	case err == nil:
+		return min(time.Hour, left/3) // a certificate of minutes may be renewed at once
+	case errors.As(err, &api) && (api.Code == vpn.CodeRenewed || api.Code == vpn.CodeYearOver || api.Code == vpn.CodeNotRenewable || api.Code == vpn.CodeNoSigner):
+		return renewalRefusedPause // a person may help
+	}
+	return max(min(renewalFailedPause, left/10), time.Second)
 }
 
 func (k *Keeper) hurried() bool {

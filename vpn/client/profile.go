@@ -52,7 +52,8 @@ type Profile struct {
 	Key             string   `toml:"key,multiline,omitempty"` // PEM, PKCS #8; empty until Import joins it, where it was made by Enroll
 	KeyID           string   `toml:"key_id,omitempty"`        // of the key that is missing: SHA-256 of its public key, 64 hexadecimal digits
 
-	typed typed // what ParseProfile made of the texts above
+	typed typed  // what ParseProfile made of the texts above
+	file  string // where LoadProfile found it
 }
 
 type typed struct {
@@ -267,7 +268,10 @@ func LoadProfile(nameOrFile string) (*Profile, error) {
 	if p.Key == "" {
 		return nil, fmt.Errorf("profile %s: its key is with who made the request: there, run: vpn import %s", file, shellQuote(file))
 	}
-	return p, nil
+	if p.file, err = filepath.Abs(file); err == nil { // a renewal replaces the file, and no link to it
+		p.file, err = filepath.EvalSymlinks(p.file)
+	}
+	return p, err
 }
 
 func readBounded(r io.Reader) ([]byte, error) {

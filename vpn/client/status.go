@@ -49,7 +49,13 @@ func (k *Keeper) Status() Status {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	p := k.Profile
+	if k.profile != nil {
+		p = k.profile
+	}
 	s := Status{State: k.state, Profile: p.Name(), User: p.User, Device: p.Device, Egress: p.Egress, Problem: k.problem}
+	if s.Problem == "" {
+		s.Problem = k.renewal
+	}
 	if s.State == "" {
 		s.State = Connecting
 	}

@@ -140,6 +140,7 @@ func (t *Tunnel) open(ctx context.Context, o Options, replaces *Tunnel) error {
 	if err := g.do(ctx, http.MethodPost, vpn.SessionPath, request, &t.Session); err != nil {
 		return err
 	}
+	o.Profile.accepted()
 	if o.Progress != nil {
 		o.Progress("certificate accepted")
 	}
@@ -369,11 +370,7 @@ func endSession(ctx context.Context, g *gateConn, id string) error {
 
 // EndSession knocks, and tells the gate that a session is over.
 func EndSession(ctx context.Context, p *Profile, tokens *Tokens, id string) error {
-	conn, err := (&Dialer{Profile: p, Tokens: tokens}).Dial(ctx)
-	if err != nil {
-		return err
-	}
-	g, err := p.handshake(ctx, conn)
+	g, err := p.connect(ctx, tokens)
 	if err != nil {
 		return err
 	}

@@ -44,9 +44,24 @@ func (g *Gate) address(id identity.Identity, now time.Time) (netip.Addr, error) 
 			return netip.Addr{}, err
 		}
 	}
+	if _, held := g.store.ByAddress(own); !held {
+		g.reclaim(own, id.User, now)
+	}
 	if g.pool.TakeReserved(own, userKey(id.User), now) {
 		return own, nil
 	}
 	g.log.Info("the user's own address is not free: the session gets another", "user", id.User, "address", own)
 	return g.pool.Take(id.Certificate, now)
+}
+
+// reclaim gives a user's own address back to him while connections of his own last session still end: they are reset already.
+func (g *Gate) reclaim(own netip.Addr, user string, now time.Time) {
+	g.rest.Lock()
+	defer g.rest.Unlock()
+	for id, s := range g.ended {
+		if s.Address == own && s.User == user {
+			g.pool.Release(own, now)
+			delete(g.ended, id)
+		}
+	}
 }

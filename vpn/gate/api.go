@@ -26,22 +26,29 @@ func badRequest(format string, a ...any) error {
 	return &vpn.APIError{Code: vpn.CodeBadRequest, Message: fmt.Sprintf(format, a...)}
 }
 
-// decode reads a request strictly: one JSON object, no unknown field, at most vpn.MaxBody bytes.
-func decode(body io.Reader) (req vpn.SessionRequest, err error) {
+// decodeBody reads strictly: one JSON object, no unknown field, at most vpn.MaxBody bytes.
+func decodeBody(body io.Reader, into any, want string) error {
 	data, err := io.ReadAll(io.LimitReader(body, vpn.MaxBody+1))
 	if err != nil {
-		return req, badRequest("body: %v", err)
+		return badRequest("body: %v", err)
 	}
 	if len(data) > vpn.MaxBody {
-		return req, &vpn.APIError{Code: vpn.CodeTooLarge, Message: fmt.Sprintf("the body has more than %d bytes", vpn.MaxBody)}
+		return &vpn.APIError{Code: vpn.CodeTooLarge, Message: fmt.Sprintf("the body has more than %d bytes", vpn.MaxBody)}
 	}
 	d := json.NewDecoder(bytes.NewReader(data))
 	d.DisallowUnknownFields()
-	if err := d.Decode(&req); err != nil {
-		return req, badRequest("body: %v: want {\"public_key\": base64, \"initiation\": base64?, \"device\": name?}", err)
+	if err := d.Decode(into); err != nil {
+		return badRequest("body: %v: want %s", err, want)
 	}
 	if _, err := d.Token(); err != io.EOF {
-		return req, badRequest("body: something follows the JSON object")
+		return badRequest("body: something follows the JSON object")
+	}
+	return nil
+}
+
+func decode(body io.Reader) (req vpn.SessionRequest, err error) {
+	if err := decodeBody(body, &req, `{"public_key": base64, "initiation": base64?, "device": name?}`); err != nil {
+		return req, err
 	}
 	if len(req.PublicKey) != len(session.Key{}) {
 		return req, badRequest("public_key has %d bytes: want 32, as `wg pubkey` prints them", len(req.PublicKey))

@@ -63,7 +63,10 @@ type Gate struct {
 
 	connections func(session.ID) int
 	rest        sync.Mutex
-	ended       map[session.ID]netip.Addr // whose address is still somewhere in use
+	ended       map[session.ID]session.Session // whose address is still somewhere in use
+
+	renewals Renewals
+	renewed  pace
 }
 
 // New wires a gate. The store's watchers must include tunnel.SessionEvent before the first request. Known tells sources that
@@ -74,8 +77,8 @@ func New(cfg Config, known func(netip.Addr) bool, serverKey [32]byte, cert tls.C
 			"take a larger network or a limit of %d", cfg.Network, n, cfg.Limit, vpn.Quarantine, n/2)
 	}
 	g := &Gate{cfg: cfg, serverKey: serverKey, cert: cert, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: logger, count: func(string) {}, watch: func(Refusal) {},
-		pace: pace{next: map[[32]byte]time.Time{}}, known: known, callers: &callers{by: map[*counted]caller{}},
-		connections: func(session.ID) int { return 0 }, ended: map[session.ID]netip.Addr{}}
+		pace: pace{next: map[[32]byte]time.Time{}}, renewed: pace{next: map[[32]byte]time.Time{}}, known: known, callers: &callers{by: map[*counted]caller{}},
+		connections: func(session.ID) int { return 0 }, ended: map[session.ID]session.Session{}}
 	for _, s := range store.List() {
 		g.pool.Hold(s.Address, s.Certificate)
 	}
@@ -96,7 +99,7 @@ func (g *Gate) SessionEvent(e session.Event) {
 		return
 	}
 	g.rest.Lock()
-	g.ended[e.Session.ID] = e.Session.Address
+	g.ended[e.Session.ID] = e.Session
 	g.rest.Unlock()
 	g.release(time.Now())
 	if e.Ended != session.Deleted && e.Ended != session.Replaced { // there the request is waiting for its answer
@@ -108,9 +111,9 @@ func (g *Gate) SessionEvent(e session.Event) {
 func (g *Gate) release(now time.Time) {
 	g.rest.Lock()
 	defer g.rest.Unlock()
-	for id, address := range g.ended {
+	for id, s := range g.ended {
 		if g.connections(id) == 0 {
-			g.pool.Release(address, now)
+			g.pool.Release(s.Address, now)
 			delete(g.ended, id)
 		}
 	}
@@ -184,6 +187,7 @@ func (g *Gate) routes() http.Handler {
 	mux.Handle(vpn.SessionPath, g.method(map[string]handler{http.MethodPost: g.post, http.MethodGet: g.list}))
 	mux.Handle(vpn.SessionPath+"/{id}", g.method(map[string]handler{http.MethodGet: g.get, http.MethodDelete: g.delete}))
 	mux.Handle(vpn.SessionPath+"/{id}/wg-quick", g.method(map[string]handler{http.MethodGet: g.wgQuick}))
+	mux.Handle(vpn.CertificatePath, g.method(map[string]handler{http.MethodPost: g.certificate}))
 	mux.Handle("/", g.method(nil))
 	return mux
 }
@@ -198,6 +202,7 @@ func (g *Gate) method(handlers map[string]handler) http.Handler {
 		w.Header().Set("Cache-Control", "no-store")
 		id, err := g.verifier.Identify(*r.TLS)
 		if err == nil {
+			g.used(id)
 			switch h := handlers[r.Method]; {
 			case h != nil:
 				err = h(w, r, id)

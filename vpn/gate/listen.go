@@ -161,7 +161,7 @@ func addrPort(a net.Addr) netip.AddrPort {
 	return netip.AddrPortFrom(p.Addr().Unmap(), p.Port())
 }
 
-// pace bounds new sessions of a certificate: each leaves its key behind for ever. Certificates are the operator's to give,
+// pace bounds new sessions of a certificate, and renewals: each leaves a key behind for ever. Certificates are the operator's to give,
 // so the map is as long as his list.
 type pace struct {
 	mu   sync.Mutex

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"perimeterd/internal/identity"
+	"perimeterd/internal/session"
 )
 
 func TestAUsersOwnSettingsGoBeforeEverybodys(t *testing.T) {
@@ -55,6 +56,17 @@ func TestAUsersOwnSettingsGoBeforeEverybodys(t *testing.T) {
 	if n := len(b.store.List()); n != 4 {
 		t.Errorf("%d live sessions: a second one of a device replaces the first", n)
 	}
+	// Connections of her last session that still end do not keep it from her.
+	b.gate.Track(func(session.ID) int { return 1 })
+	if got := post(alice); got != own {
+		t.Errorf("while connections end alice has %v", got)
+	}
+	b.gate.Track(func(session.ID) int { return 0 })
+	b.gate.release(time.Now())
+	if s, live := b.store.ByAddress(own); !live || s.User != "alice" || b.gate.pool.TakeReserved(own, userKey("alice"), time.Now()) {
+		t.Error("the address is free, and alice's session has it")
+	}
+
 	// After a restart the address is still hers, although it was held by her certificate only.
 	for _, s := range b.store.List() {
 		b.gate.pool.Hold(s.Address, s.Certificate)

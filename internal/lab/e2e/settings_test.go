@@ -36,7 +36,7 @@ func TestGroupsAndAddressActAtOnce(t *testing.T) {
 	}
 	begun := func(old string) (st client.Status) {
 		t.Helper()
-		s.await("a new session", func() bool {
+		s.patiently("a new session", func() bool {
 			s.curl("--max-time", "2", "https://"+cloudName+"/").Run() // what is sent and not answered shows that the old one is gone
 			st = s.status(s.alice)
 			return st.State == client.Up && st.Session != old
@@ -59,7 +59,7 @@ func TestGroupsAndAddressActAtOnce(t *testing.T) {
 	if err := syscall.Kill(third.PID, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	s.await("the client's end", func() bool { return s.status(s.alice).State == "down" })
+	s.patiently("the client's end", func() bool { return s.status(s.alice).State == "down" })
 	s.ok(s.alice.VPN(s.ctx, "up"))
 	if got := s.status(s.alice); got.Address != third.Address || got.Session == third.Session {
 		t.Errorf("then it is %v in session %s", got.Address, got.Session)

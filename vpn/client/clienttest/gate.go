@@ -8,6 +8,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -36,15 +37,19 @@ import (
 // Gate is the far end. Its fields may be changed between requests, under Lock.
 type Gate struct {
 	sync.Mutex
-	Network        netip.Prefix         // the first address is the gate's
-	Endpoint       string               // host:port, UDP
-	Life           time.Duration        // of a session
-	Refuse         *vpn.APIError        // the answer to every POST
-	RefuseCert     bool                 // end handshakes as for a revoked certificate
-	NoResponse     bool                 // sessions without a handshake in the reply
-	Requests       []vpn.SessionRequest // POSTs, as they came
-	Ended          []string             // ids deleted
-	PostQuantum    bool                 // of the latest connection
+	Network        netip.Prefix                                   // the first address is the gate's
+	Endpoint       string                                         // host:port, UDP
+	Life           time.Duration                                  // of a session
+	Refuse         *vpn.APIError                                  // the answer to every POST
+	RefuseCert     bool                                           // end handshakes as for a revoked certificate
+	RefuseRenewal  *vpn.APIError                                  // the answer to every request for a certificate
+	Renewal        func(*vpn.CertificateReply, *x509.Certificate) // changes the answer; nil: nothing does
+	LoseRenewals   int                                            // answers that do not arrive
+	Renewals       int                                            // certificates issued to renew others
+	NoResponse     bool                                           // sessions without a handshake in the reply
+	Requests       []vpn.SessionRequest                           // POSTs, as they came
+	Ended          []string                                       // ids deleted
+	PostQuantum    bool                                           // of the latest connection
 	Connections    int
 	serverID       string
 	caPEM          []byte
@@ -57,6 +62,8 @@ type Gate struct {
 	bind           *vpn.Bind
 	next           netip.Addr
 	peersOfSession map[string]string
+	renews         map[[32]byte][32]byte // hash of a key → of the one whose certificate it renewed
+	retired        map[[32]byte]bool
 }
 
 // NewGate makes a gate with fresh keys.
@@ -66,6 +73,8 @@ func NewGate() (*Gate, error) {
 		Life:           12 * time.Hour,
 		serverID:       hex.EncodeToString(random(16)),
 		peersOfSession: map[string]string{},
+		renews:         map[[32]byte][32]byte{},
+		retired:        map[[32]byte]bool{},
 	}
 	g.next = g.Network.Addr().Next().Next()
 	var err error
@@ -103,14 +112,18 @@ func (g *Gate) issue(t *x509.Certificate) (cert, key []byte, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	t.SerialNumber = new(big.Int).SetBytes(random(8))
-	t.NotBefore = time.Now().Add(-time.Hour)
-	der, err := x509.CreateCertificate(rand.Reader, t, g.ca, k.Public(), g.caKey)
-	if err != nil {
+	if cert, err = g.sign(t, k.Public()); err != nil {
 		return nil, nil, err
 	}
 	raw, err := x509.MarshalPKCS8PrivateKey(k)
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: raw}), err
+	return cert, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: raw}), err
+}
+
+func (g *Gate) sign(t *x509.Certificate, key any) (cert []byte, err error) {
+	t.SerialNumber = new(big.Int).SetBytes(random(8))
+	t.NotBefore = time.Now().Add(-time.Hour)
+	der, err := x509.CreateCertificate(rand.Reader, t, g.ca, key, g.caKey)
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), err
 }
 
 // RotateWireGuard gives the gate another WireGuard key than the profiles made before have. Call it before Serve.
@@ -152,7 +165,7 @@ func (g *Gate) Serve(ctx context.Context, l net.Listener, t tun.Device, port str
 			defer g.Unlock()
 			g.Connections++
 			g.PostQuantum = s.CurveID == tls.X25519MLKEM768
-			if g.RefuseCert {
+			if g.RefuseCert || g.retired[sha256.Sum256(s.PeerCertificates[0].RawSubjectPublicKeyInfo)] {
 				return errors.New("revoked")
 			}
 			return nil
@@ -162,7 +175,17 @@ func (g *Gate) Serve(ctx context.Context, l net.Listener, t tun.Device, port str
 	mux.HandleFunc("POST "+vpn.SessionPath, g.post)
 	mux.HandleFunc("GET "+vpn.SessionPath+"/{id}", g.get)
 	mux.HandleFunc("DELETE "+vpn.SessionPath+"/{id}", g.end)
-	srv := &http.Server{Handler: mux, ErrorLog: log.New(io.Discard, "", 0)}
+	mux.HandleFunc("GET "+vpn.SessionPath, func(w http.ResponseWriter, r *http.Request) { w.Write([]byte("[]")) })
+	mux.HandleFunc("POST "+vpn.CertificatePath, g.renew)
+	used := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		g.Lock()
+		if old, renewed := g.renews[sha256.Sum256(r.TLS.PeerCertificates[0].RawSubjectPublicKeyInfo)]; renewed {
+			g.retired[old] = true
+		}
+		g.Unlock()
+		mux.ServeHTTP(w, r)
+	})
+	srv := &http.Server{Handler: used, ErrorLog: log.New(io.Discard, "", 0)}
 	stop := context.AfterFunc(ctx, func() { srv.Close() })
 	defer stop()
 	if err := srv.Serve(tls.NewListener(l, config)); !errors.Is(err, http.ErrServerClosed) {
@@ -230,6 +253,51 @@ func (g *Gate) get(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	json.NewEncoder(w).Encode(vpn.SessionReply{ID: r.PathValue("id")})
+}
+
+// renew issues one successor to a certificate, as the real gate does.
+func (g *Gate) renew(w http.ResponseWriter, r *http.Request) {
+	g.Lock()
+	defer g.Unlock()
+	var req vpn.CertificateRequest
+	old := r.TLS.PeerCertificates[0]
+	err := json.NewDecoder(http.MaxBytesReader(w, r.Body, vpn.MaxBody)).Decode(&req)
+	csr, e := x509.ParseCertificateRequest(req.Request)
+	if err = errors.Join(err, e); err == nil {
+		err = errors.Join(csr.CheckSignature(), old.CheckSignature(x509.ECDSAWithSHA256, vpn.RenewalMessage(req.Request), req.Proof))
+	}
+	if err != nil {
+		refuse(w, &vpn.APIError{Code: vpn.CodeBadRequest, Message: err.Error()})
+		return
+	}
+	if g.RefuseRenewal != nil {
+		refuse(w, g.RefuseRenewal)
+		return
+	}
+	from, to := sha256.Sum256(old.RawSubjectPublicKeyInfo), sha256.Sum256(csr.RawSubjectPublicKeyInfo)
+	for key, before := range g.renews {
+		if before == from && key != to {
+			refuse(w, &vpn.APIError{Code: vpn.CodeRenewed, Message: "renewed before, with another key"})
+			return
+		}
+	}
+	cert, err := g.sign(&x509.Certificate{Subject: old.Subject, ExtKeyUsage: old.ExtKeyUsage, NotAfter: time.Now().Add(48 * time.Hour)}, csr.PublicKey)
+	if err != nil {
+		refuse(w, &vpn.APIError{Code: vpn.CodeInternal, Message: err.Error()})
+		return
+	}
+	g.renews[to] = from
+	g.Renewals++
+	if g.LoseRenewals > 0 {
+		g.LoseRenewals--
+		panic(http.ErrAbortHandler)
+	}
+	reply := vpn.CertificateReply{Certificate: string(cert), CA: string(g.caPEM), Expires: time.Now().Add(48 * time.Hour)}
+	if g.Renewal != nil {
+		g.Renewal(&reply, old)
+	}
+	w.WriteHeader(http.StatusCreated)
+	json.NewEncoder(w).Encode(reply)
 }
 
 func (g *Gate) end(w http.ResponseWriter, r *http.Request) {
