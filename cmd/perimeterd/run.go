@@ -216,6 +216,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 		Audit:         trail.Add,
 		AuditDir:      cfg.AuditDir(),
 		Feed:          trail.Feed,
+		Decide:        decider(access.config, forward.Policy, users.Get, verifier.Listed),
 	}
 	if cfg.Identity.External() {
 		operations.Forget = nil // nothing is renewed here

@@ -60,6 +60,15 @@ func (s *stage) awaitRecord(what string, is func(record) bool, args ...string) r
 	}
 }
 
+// explains runs `perimeterd why`.
+func (s *stage) explains(what, want string) {
+	s.t.Helper()
+	out, err := s.daemon.Perimeterd(s.ctx, "why", what)
+	if err != nil || !regexp.MustCompile(want).MatchString(out) {
+		s.t.Errorf("why %s: %v\n%s\nwant\n%s", what, err, out, want)
+	}
+}
+
 func (s *stage) stop() {
 	s.t.Helper()
 	if err := s.daemon.Signal(syscall.SIGTERM); err != nil {
@@ -119,6 +128,38 @@ func TestDaysLifeIsInTheAuditAndNoChangeOfItGoesUnseen(t *testing.T) {
 	s.ok(s.curl("https://" + cloudName + "/"))
 	s.fails(s.curl("https://evil.example.com/"))
 	began := s.awaitRecord("session", func(r record) bool { return r.Kind == "session-began" })
+	page := s.fails(s.curl("-f", "-w", "%{http_code}", "http://evil.example.com/")) // curl's own words for a 403
+	page = s.ok(s.curl("http://evil.example.com/")) + page
+	refusal := regexp.MustCompile(`no-rule \(([A-Z2-7]{10})\)`).FindStringSubmatch(page)
+	if refusal == nil {
+		t.Fatalf("no id in %s", page)
+	}
+	s.explains(refusal[1], `(?m)^20[-0-9: ]+  at the proxy, GET evil\.example\.com:80 was refused: no-rule$
+  user alice, device default
+  from 10\.77\.[0-9.]+:[0-9]+, session `+began.Session+`
+  No rule allows you this destination\. Ask the operator to add it\.
+  .perimeterd decide alice evil\.example\.com:80. says how it stands now$`)
+	s.explains(began.Session, `(?m)^session `+began.Session+` of alice, device default
+  began  20[-0-9: ]+ from `+regexp.QuoteMeta(source)+`, with the tunnel address 10\.77\.[0-9.]+, until 20[-0-9: ]+ at most
+  it lives
+  connections through the proxy: 1, [0-9.]+ k?B up, [0-9.]+ k?B down; refused: [23]$`)
+	s.explains("alice", `(?m)^alice: active, in operators
+  device default: good until 20[-0-9: ]+
+  session `+began.Session+`: inside since 20[-0-9: ]+, from `+regexp.QuoteMeta(source)+`, with the tunnel address 10\.77\.[0-9.]+
+  refused last:
+    20[-0-9: ]+  [A-Z2-7]{10}  at the proxy, GET evil\.example\.com:80 was refused: no-rule
+`)
+	for destination, want := range map[string]string{
+		cloudName + ":443":             "^alice \\(in operators\\) to s3\\.us-east-1\\.amazonaws\\.com:443, as a tunnel: allowed: allowed\nproxy.rule 2: allow = \\[@aws\\], ports = \\[443\\], groups = \\[\\*\\], tls = true\n",
+		"https://x.elb.amazonaws.com/": "^alice \\(in operators\\) to x\\.elb\\.amazonaws\\.com:443, as a tunnel: refused: denied-by-rule\nproxy.rule 1: deny = \\[@customer-hosted\\]\n",
+		"http://evil.example.com":      "as plain HTTP: refused: no-rule\nNo rule allows you this destination",
+		"169.254.169.254:80":           "refused: metadata\n",
+	} {
+		out, err := s.daemon.Perimeterd(s.ctx, "decide", "alice", destination)
+		if (err == nil) != strings.Contains(want, "allowed: allowed") || !regexp.MustCompile(want).MatchString(out) {
+			t.Errorf("decide %s: %v\n%s", destination, err, out)
+		}
+	}
 	// Noon: she is kicked, comes back, and leaves a connection open.
 	if out, err := s.daemon.Perimeterd(s.ctx, "kick", "alice"); err != nil {
 		t.Fatalf("%v %s", err, out)
@@ -136,6 +177,20 @@ func TestDaysLifeIsInTheAuditAndNoChangeOfItGoesUnseen(t *testing.T) {
 	s.stop()
 	if out, err := s.daemon.Perimeterd(s.ctx, "user", "add", "bob", "--out", filepath.Join(s.Dir, "bob.profile")); err != nil {
 		t.Fatalf("%v %s", err, out)
+	}
+
+	s.explains(began.Session, `(?m)^  ended  20[-0-9: ]+ after [0-9hms]+: kicked: an operator ended it; the user may begin another
+         by root \(0\)`)
+	s.explains("alice", `(?m)^alice: revoked at 20[-0-9: ]+, in operators
+  device default: revoked at 20[-0-9: ]+
+  the daemon is not running: nobody new comes in
+  session [0-9a-f]{32}: ended at 20[-0-9: ]+: revoked: the user, the device or the certificate was revoked, or is not let in any more
+  refused last:
+    20[-0-9: ]+  [A-Z2-7]{10}  at the gate, the certificate was refused: revoked
+ {37}the user was revoked: ask the operator
+`)
+	if out, err := s.daemon.Perimeterd(s.ctx, "decide", "alice", cloudName+":443"); err == nil || !strings.Contains(out, "refused: no-session\nalice is revoked, and has no session to come from.\n") {
+		t.Errorf("%v\n%s", err, out)
 	}
 
 	all := s.audit()
@@ -338,7 +393,7 @@ func TestReadersSeeEverythingAndChangeNothing(t *testing.T) {
 		return c
 	}
 	reader := []uint32{lab.ReadersGroup}
-	for _, args := range [][]string{{"status"}, {"sessions"}, {"user", "list"}, {"audit", "query"}, {"audit", "verify"}} {
+	for _, args := range [][]string{{"status"}, {"sessions"}, {"user", "list"}, {"events"}, {"why", "alice"}, {"decide", "alice", cloudName + ":443"}, {"audit", "query"}, {"audit", "verify"}} {
 		out := s.ok(as(reader, args...))
 		if args[0] == "sessions" && !strings.Contains(out, "alice") || args[0] == "audit" && args[1] == "query" && !strings.Contains(out, "session-began") ||
 			args[0] == "audit" && args[1] == "verify" && !strings.Contains(out, "\nhead ") && !strings.HasPrefix(out, "records 1 to ") {
