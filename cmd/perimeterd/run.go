@@ -251,6 +251,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 		g.Go(func() error { return tokens.Run(ctx) })
 	}
 	g.Go(func() error { return tunnel.Run(ctx, store.Note) })
+	g.Go(func() error { return tunnel.WriteStatus(ctx, cfg.Gate.StatusFile) })
 	g.Go(func() error { return api.Run(ctx, gates...) })
 	g.Go(func() error { return forward.Run(ctx, inner) })
 	g.Go(func() error { return expire(ctx, store) })

@@ -418,3 +418,63 @@ func TestReadersSeeEverythingAndChangeNothing(t *testing.T) {
 	t.Logf("%+v", tried)
 	s.ok(as([]uint32{60194}, "kick", "alice"))
 }
+
+// Tools that read OpenVPN's status file read ours: jc is one.
+func TestStatusFileIsReadByToolsForOpenVPN(t *testing.T) {
+	s := newStage(t, lab.Options{}, lab.Setting{Key: "status_file", Value: `"openvpn-status.log"`})
+	s.ok(s.alice.VPN(s.ctx, "up"))
+	const sent = 3_000_000
+	s.ok(s.curl("-o", "/dev/null", fmt.Sprintf("https://%s/bytes/%d", cloudName, sent)))
+	file := filepath.Join(s.daemon.Dir, "state", "openvpn-status.log")
+	type parsed struct {
+		Clients []struct {
+			CommonName    string `json:"common_name"`
+			RealAddress   string `json:"real_address"`
+			BytesReceived int64  `json:"bytes_received"`
+			BytesSent     int64  `json:"bytes_sent"`
+			Since         int64  `json:"connected_since_epoch"`
+		}
+		RoutingTable []struct {
+			VirtualAddress string `json:"virtual_address"`
+			CommonName     string `json:"common_name"`
+			Last           int64  `json:"last_reference_epoch"`
+		} `json:"routing_table"`
+	}
+	read := func() (p parsed) {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return p
+		}
+		c := s.Bastion.Command(s.ctx, "jc", "--openvpn")
+		c.Stdin = bytes.NewReader(text)
+		if err := json.Unmarshal([]byte(s.ok(c)), &p); err != nil {
+			t.Fatalf("%v\n%s", err, text)
+		}
+		return p
+	}
+	var p parsed
+	for s.ctx.Err() == nil {
+		if p = read(); len(p.Clients) == 1 && p.Clients[0].BytesSent > sent {
+			break
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+	if len(p.Clients) != 1 || len(p.RoutingTable) != 1 {
+		t.Fatalf("%+v", p)
+	}
+	c, r := p.Clients[0], p.RoutingTable[0]
+	if c.CommonName != "alice" || c.RealAddress != s.Client.Addr.String() || c.BytesReceived == 0 || c.BytesSent > 2*sent || time.Since(time.Unix(c.Since, 0)) > 3*time.Minute ||
+		r.CommonName != "alice" || r.VirtualAddress != "10.77.0.2" || r.Last < c.Since {
+		t.Errorf("%+v", p)
+	}
+	if out, err := s.daemon.Perimeterd(s.ctx, "kick", "alice"); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	s.ok(s.alice.VPN(s.ctx, "down"))
+	for s.ctx.Err() == nil && len(read().Clients) > 0 {
+		time.Sleep(200 * time.Millisecond)
+	}
+	if p := read(); len(p.Clients) != 0 {
+		t.Errorf("after the end: %+v", p)
+	}
+}
