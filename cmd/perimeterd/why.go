@@ -263,6 +263,8 @@ func endSentence(reason string) string {
 		return "the user, the device or the certificate was revoked, or is not let in any more"
 	case session.Kicked:
 		return "an operator ended it; the user may begin another"
+	case session.Changed:
+		return "the user's groups or settings changed; the next session has the new ones"
 	}
 	return "a reason that this version does not know"
 }
