@@ -173,7 +173,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	api.Track(forward.Connections)
 	api.Watch(trail.refusal)
 	forward.Watch(func(a proxy.Access) { metrics.Access(a); trail.access(a) })
-	if err := metrics.Ask(console.Sources{Sets: door, Owned: door.Owned, Pending: tunnel.Pending, Connections: forward.Live}); err != nil {
+	if err := metrics.Ask(console.Sources{Sets: door, Owned: door.Owned, Pending: tunnel.Pending, Connections: forward.Live, AuditLost: trail.Lost}); err != nil {
 		return err
 	}
 	if cfg.Identity.External() {

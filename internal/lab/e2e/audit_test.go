@@ -23,7 +23,7 @@ type record struct {
 	Seq                                                              uint64
 	Kind, ID, User, Device, Session, Source, Destination, Dialed     string
 	Decision, Reason, End, Action, By, Detail, Address, Method, Prev string
-	Down                                                             int64
+	Down, Count                                                      int64
 }
 
 // audit is what `perimeterd audit query` prints.
@@ -476,5 +476,64 @@ func TestStatusFileIsReadByToolsForOpenVPN(t *testing.T) {
 	}
 	if p := read(); len(p.Clients) != 0 {
 		t.Errorf("after the end: %+v", p)
+	}
+}
+
+// The state's file system is a small one. Full, the audit stops and says so; the daemon judges on, and closed.
+func TestFullDiskStopsTheAuditAndNotTheDaemon(t *testing.T) {
+	s := newStage(t, lab.Options{})
+	s.ok(s.alice.VPN(s.ctx, "up"))
+	s.stop()
+	state := filepath.Join(s.daemon.Dir, "state")
+	s.ok(s.Bastion.Command(s.ctx, "sh", "-ec", `
+		mkdir "$1.small"; mount -t tmpfs -o size=64m none "$1.small"; cp -a "$1/." "$1.small"; mount --move "$1.small" "$1"`, "sh", state))
+	if err := s.daemon.Start(s.ctx); err != nil {
+		t.Fatal(err)
+	}
+	s.ok(s.curl("--max-time", "30", "--retry", "10", "--retry-all-errors", "https://"+cloudName+"/"))
+	problem := func() string {
+		out, err := s.daemon.Perimeterd(s.ctx, "status")
+		if err != nil {
+			t.Fatalf("%v %s", err, out)
+		}
+		return out
+	}
+	fill := func(mb string) {
+		s.Bastion.Command(s.ctx, "dd", "if=/dev/zero", "of="+filepath.Join(state, "filler"), "bs=1M", "count="+mb).Run()
+	}
+	const is = "the audit is not written: "
+	// The last 32 MiB are the state's: sessions begin and end as ever.
+	fill("40")
+	for s.ctx.Err() == nil && !strings.Contains(problem(), is) {
+		s.ok(s.curl("https://" + cloudName + "/"))
+	}
+	if out, err := s.daemon.Perimeterd(s.ctx, "kick", "alice"); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	s.ok(s.curl("--max-time", "20", "https://"+cloudName+"/"))
+	// Not one byte is left: who is in stays in until she is revoked, which holds.
+	fill("1000")
+	s.ok(s.curl("https://" + cloudName + "/"))
+	s.fails(s.curl("https://evil.example.com/"))
+	s.daemon.Perimeterd(s.ctx, "user", "revoke", "alice") // it says that it could not be written
+	s.fails(s.curl("--max-time", "3", "https://"+cloudName+"/"))
+	s.ok(s.Bastion.Command(s.ctx, "rm", filepath.Join(state, "filler")))
+	for s.ctx.Err() == nil && strings.Contains(problem(), is) {
+		time.Sleep(100 * time.Millisecond)
+	}
+	if out, err := s.daemon.Perimeterd(s.ctx, "user", "revoke", "alice"); err != nil {
+		t.Errorf("%v %s", err, out)
+	}
+	s.awaitRecord("revocation", func(r record) bool { return r.Kind == "operator" && r.Action == "user-revoke" && r.Decision == "done" })
+	lost := s.audit("--kind", "records-lost")
+	if len(lost) != 1 || lost[0].Count < 3 || !strings.Contains(lost[0].Detail, "no space left on device") {
+		t.Errorf("%+v", lost)
+	}
+	if n := len(s.daemon.Entries("the audit cannot be written: its records are counted until it can")); n != 1 {
+		t.Errorf("said %d times", n)
+	}
+	s.stop()
+	if out, err := s.verify(s.journal()); err != nil {
+		t.Errorf("%v\n%s", err, out)
 	}
 }
