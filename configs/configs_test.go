@@ -62,6 +62,14 @@ func TestReferenceIsValidAsItStands(t *testing.T) {
 	}
 }
 
+func TestStatusFileLiesBelowTheState(t *testing.T) {
+	for file, want := range map[string]string{"": "", "status": "/var/lib/perimeterd/status", "/run/openvpn/server.status": "/run/openvpn/server.status"} {
+		if got := mustParse(t, minimal+"[session]\nstatus_file = \""+file+"\"\n").Gate.StatusFile; got != want {
+			t.Errorf("%q is %q, want %q", file, got, want)
+		}
+	}
+}
+
 func TestReferenceHasEveryKey(t *testing.T) {
 	lines := keyLines(Reference)
 	for k := range keyLines([]byte("tunnel.service.port=1\ntunnel.service.groups=1")) {
@@ -180,7 +188,7 @@ func TestBadConfigurations(t *testing.T) {
 		{"what is not in this version", minimal + `[tunnel]
 backend = "kernel"
 [session]
-status_file = "/run/status"
+status_file = "state.db"
 [proxy]
 per_user_bandwidth = "200Mbit"
 [console]
@@ -192,7 +200,7 @@ squid_access_log = "/var/log/squid.log"
 audit_keep = "10h"
 `,
 			f + ":4: tunnel.backend \"kernel\": not in this version: write \"userspace\"\n" +
-				f + ":6: session.status_file \"/run/status\": not in this version: leave it empty and ask `perimeterd sessions`\n" +
+				f + ":6: session.status_file \"state.db\": want a file of its own, as in \"openvpn-status.log\"\n" +
 				f + ":8: proxy.per_user_bandwidth \"200Mbit\": not in this version: leave it empty\n" +
 				f + ":10: console.metrics \":9617\": want HOST:PORT, as in 127.0.0.1:9617; it asks for no password, so keep it where only Prometheus can reach it\n" +
 				f + ":12: store.etcd [\"http://127.0.0.1:2379\"]: not in this version: leave it empty: the state stays on this host\n" +

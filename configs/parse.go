@@ -188,6 +188,15 @@ func (p *parser) config() *Config {
 		Proxy:              netip.AddrPortFrom(server, proxyPort),
 		Console:            netip.AddrPortFrom(server, consolePort),
 	}
+	if f := r.Session.StatusFile; f != "" {
+		if c.Gate.StatusFile = filepath.Clean(f); !filepath.IsAbs(f) {
+			c.Gate.StatusFile = filepath.Join(c.StateDir, f)
+		}
+		// It is replaced again and again.
+		if strings.HasSuffix(f, "/") || slices.Contains([]string{c.StateDir, c.StateFile(), c.File}, c.Gate.StatusFile) || filepath.Dir(c.Gate.StatusFile) == c.AuditDir() {
+			p.bad("session.status_file", "session.status_file %q: want a file of its own, as in \"openvpn-status.log\"", f)
+		}
+	}
 	if c.Gate.Keepalive%time.Second != 0 {
 		p.bad("tunnel.keepalive", "tunnel.keepalive %q: WireGuard counts whole seconds: round it", r.Tunnel.Keepalive)
 	}

@@ -176,7 +176,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	api.Track(forward.Connections)
 	api.Watch(trail.refusal)
 	forward.Watch(func(a proxy.Access) { metrics.Access(a); trail.access(a) })
-	if err := metrics.Ask(console.Sources{Sets: door, Owned: door.Owned, Pending: tunnel.Pending, Connections: forward.Live}); err != nil {
+	if err := metrics.Ask(console.Sources{Sets: door, Owned: door.Owned, Pending: tunnel.Pending, Connections: forward.Live, AuditLost: trail.Lost}); err != nil {
 		return err
 	}
 	if cfg.Identity.External() {
@@ -219,6 +219,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 		Audit:         trail.Add,
 		AuditDir:      cfg.AuditDir(),
 		Feed:          trail.Feed,
+		Decide:        decider(access.config, forward.Policy, users.Get, verifier.Listed),
 	}
 	if cfg.Identity.External() {
 		operations.Forget = nil // nothing is renewed here
@@ -253,6 +254,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 		g.Go(func() error { return tokens.Run(ctx) })
 	}
 	g.Go(func() error { return tunnel.Run(ctx, store.Note) })
+	g.Go(func() error { return tunnel.WriteStatus(ctx, cfg.Gate.StatusFile) })
 	g.Go(func() error { return api.Run(ctx, gates...) })
 	g.Go(func() error { return forward.Run(ctx, inner) })
 	g.Go(func() error { return expire(ctx, store) })

@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"log/slog"
+	"strings"
 	"time"
 
 	"perimeterd/configs"
@@ -133,13 +135,28 @@ func (t *trail) configuration(action string, err error) {
 
 // audited is a stopped daemon's users: what is done to them is recorded too.
 type audited struct {
-	users
-	dir string
+	users users // not embedded: what they learn to do must be recorded here too
+	dir   string
+}
+
+func (a audited) ListUsers(ctx context.Context) ([]identity.User, error) {
+	return a.users.ListUsers(ctx)
+}
+
+func (a audited) SetUser(ctx context.Context, name string, c identity.Change) (control.Changed, error) {
+	done, err := a.users.SetUser(ctx, name, c)
+	text, _ := json.Marshal(c) // it goes to the daemon so
+	a.record(ctx, audit.Record{Action: "user-set", User: name, Detail: string(text)}, err)
+	return done, err
 }
 
 func (a audited) AddUser(ctx context.Context, e identity.Enrolment) (identity.User, error) {
 	u, err := a.users.AddUser(ctx, e)
-	a.record(ctx, audit.Record{Action: "user-add", User: e.Name, Device: e.Device}, err)
+	r := audit.Record{Action: "user-add", User: e.Name, Device: e.Device}
+	if len(e.Groups) > 0 {
+		r.Detail = "groups " + strings.Join(e.Groups, ",")
+	}
+	a.record(ctx, r, err)
 	return u, err
 }
 

@@ -39,6 +39,7 @@ type Recorder struct {
 	strangers map[bool]*stranger
 
 	problem atomic.Pointer[string]
+	lost    atomic.Uint64
 }
 
 // loss is records that are not there.
@@ -79,6 +80,7 @@ func (r *Recorder) Add(a Record) {
 		r.mu.Lock()
 		r.full.add(1, a.Time)
 		r.mu.Unlock()
+		r.lost.Add(1)
 	}
 }
 
@@ -121,6 +123,9 @@ func (r *Recorder) Problem() string {
 	}
 	return ""
 }
+
+// Lost counts the records that are not in the files.
+func (r *Recorder) Lost() uint64 { return r.lost.Load() }
 
 // Run writes what is added until ctx ends, then what is left. It ends without an error: what cannot be written is counted, and
 // the daemon goes on.
@@ -183,13 +188,14 @@ type pen struct {
 
 // write writes records, or counts them. While nothing can be written only tick tries again.
 func (p *pen) write(list []Record) {
-	if p.failed != nil {
-		p.lost.add(len(list), list[0].Time)
-		return
+	err := p.failed
+	if err == nil {
+		if err = p.append(time.Now(), list); err != nil {
+			p.fail(err)
+		}
 	}
-	if err := p.append(time.Now(), list); err != nil {
-		p.lost.add(len(list), list[0].Time)
-		p.fail(err)
+	if err != nil {
+		p.lose(len(list), list[0].Time)
 		return
 	}
 	for i := range list {
@@ -257,12 +263,17 @@ func (p *pen) sync() bool {
 		return false
 	}
 	if err := p.w.Sync(); err != nil {
-		p.lost.add(p.unsynced, time.Now())
+		p.lose(p.unsynced, time.Now())
 		p.fail(fmt.Errorf("%w: the records before may not be on the disk", err))
 		return false
 	}
 	p.unsynced = 0
 	return true
+}
+
+func (p *pen) lose(n int, since time.Time) {
+	p.lost.add(n, since)
+	p.recorder.lost.Add(uint64(n))
 }
 
 // fail says once that nothing is written.

@@ -29,6 +29,7 @@ type Sources struct {
 	Owned       func() bool // see TableOwned
 	Pending     func() int  // see SessionsPending
 	Connections func() int  // see ProxyConnections
+	AuditLost   func() uint64
 }
 
 // Metrics takes what happens in the daemon. Its methods may be called from anywhere, and wait for nobody.
@@ -122,6 +123,8 @@ func (m *Metrics) Ask(from Sources) error {
 			return 0
 		}),
 		gauge(SessionsPending, "Live sessions through whose tunnel no packet came yet.", func() float64 { return float64(from.Pending()) }),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: AuditLost, Help: "Records that are missing in the audit: its disk was full or too slow."},
+			func() float64 { return float64(from.AuditLost()) }),
 		gauge(ProxyConnections, "Live connections of clients to the proxy.", func() float64 { return float64(from.Connections()) }))
 }
 

@@ -37,7 +37,7 @@ func newMetrics(t *testing.T, sets Sets) (*Metrics, *prometheus.Registry) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = m.Ask(Sources{Sets: sets, Owned: func() bool { return true }, Pending: func() int { return 2 }, Connections: func() int { return 7 }})
+	err = m.Ask(Sources{Sets: sets, Owned: func() bool { return true }, Pending: func() int { return 2 }, Connections: func() int { return 7 }, AuditLost: func() uint64 { return 5 }})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,6 +132,7 @@ func TestMetricsSayWhatHappened(t *testing.T) {
 		perimeterd_proxy_bytes_total{direction="up"} 11
 		perimeterd_proxy_bytes_total{direction="down"} 2002
 		perimeterd_proxy_connections 7
+		perimeterd_audit_records_lost_total 5
 		perimeterd_proxy_request_duration_seconds 2 in 4
 		perimeterd_proxy_user_requests_total{decision="deny",user="bob"} 1
 		perimeterd_proxy_user_bytes_total{direction="down",user="alice"} 2002

@@ -34,6 +34,7 @@ const (
 	ProxyTime        = "perimeterd_proxy_request_duration_seconds" // of requests that reached their destination, to their end
 	UserRequests     = "perimeterd_proxy_user_requests_total"      // by user and decision
 	UserBytes        = "perimeterd_proxy_user_bytes_total"         // by user and direction
+	AuditLost        = "perimeterd_audit_records_lost_total"       // the disk was full or too slow
 	BuildInfo        = "perimeterd_build_info"                     // by version and go_version; 1
 )
 

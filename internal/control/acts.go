@@ -10,14 +10,16 @@ import (
 	"strings"
 
 	"perimeterd/internal/audit"
-	"perimeterd/internal/identity"
 	"perimeterd/internal/session"
 )
+
+const actionSet = "user-set"
 
 // actions are the names that acts have in the audit. One that is not here goes by its method and path.
 var actions = map[string]string{
 	"POST /v1/users":                  "user-add",
 	"POST /v1/users/{name}/revoke":    "user-revoke",
+	"POST /v1/users/{name}/settings":  actionSet,
 	"DELETE /v1/sessions/{id}":        "kick",
 	"POST /v1/configuration":          "apply",
 	"POST /v1/configuration/confirm":  "confirm",
@@ -51,12 +53,11 @@ func (o *Operations) act(pattern string, r *http.Request, fn func(*http.Request)
 	}
 	if json.Unmarshal(body.Bytes(), &asked) == nil { // else it is refused as well
 		a.User, a.Device = cmp.Or(a.User, asked.Name), cmp.Or(a.Device, asked.Device)
-		if len(asked.Groups) > 0 {
+		if a.Action == actionSet {
+			a.Detail = strings.TrimSpace(body.String()) // only what changes, and nothing secret
+		} else if len(asked.Groups) > 0 {
 			a.Detail = "groups " + strings.Join(asked.Groups, ",")
 		}
-	}
-	if u, ok := reply.(identity.User); ok && u.Name != "" {
-		a.User = u.Name
 	}
 	o.Audit(Act(r.Context(), a, err))
 	return reply, err
@@ -66,7 +67,11 @@ func (o *Operations) act(pattern string, r *http.Request, fn func(*http.Request)
 func Act(ctx context.Context, a audit.Record, err error) audit.Record {
 	a.Kind, a.By, a.Decision = audit.Operator, by(ctx), "done"
 	if err != nil {
-		a.Decision, a.Detail = "failed", err.Error()
+		a.Decision = "failed"
+		if a.Detail != "" {
+			a.Detail += ": "
+		}
+		a.Detail += err.Error()
 	}
 	return a
 }

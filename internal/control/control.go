@@ -10,6 +10,7 @@
 //	DELETE /v1/sessions/ID          ends it as kicked
 //	POST   /v1/configuration        Trial → Applied: takes up the file
 //	POST   /v1/configuration/confirm, /v1/configuration/rollback → Applied
+//	GET    /v1/decide?user=&to=     Decision
 //	GET    /v1/audit                []AuditFile
 //	GET    /v1/audit/NAME           a file of the audit, as it is
 //	GET    /v1/events?follow=1      audit.Record, one a line; user, session, since and kind choose
@@ -98,6 +99,8 @@ type Operations struct {
 	Audit func(audit.Record)
 	// Configuration takes up other configurations. Nil: none can be.
 	Configuration Configuration
+	// Decide says what the proxy would do with a request. Nil: nobody knows.
+	Decide func(user, to string) (Decision, error)
 	// Listed says whether a name that is not in Users may come in all the same, by an external CA's list. Nil: none may.
 	Listed func(name string) bool
 }
@@ -247,6 +250,9 @@ func Handler(o *Operations) http.Handler {
 	})
 	if o.Configuration != nil {
 		handleConfiguration(handle, o.Configuration)
+	}
+	if o.Decide != nil {
+		handle("GET /v1/decide", o.decide)
 	}
 	handle("GET /v1/audit", func(*http.Request) (any, error) { return o.auditFiles() })
 	mux.HandleFunc("GET /v1/audit/{name}", o.auditFile)

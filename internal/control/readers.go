@@ -9,7 +9,7 @@ import (
 )
 
 // readable are the operations of those who may only read. An operation that is not here is not theirs.
-var readable = []string{"GET /v1/status", "GET /v1/users", "GET /v1/sessions", "GET /v1/events", "GET /v1/audit", "GET /v1/audit/{name}"}
+var readable = []string{"GET /v1/status", "GET /v1/users", "GET /v1/sessions", "GET /v1/events", "GET /v1/decide", "GET /v1/audit", "GET /v1/audit/{name}"}
 
 // ReadersHandler serves the operations that show, and refuses those that act.
 func ReadersHandler(o *Operations) http.Handler {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"perimeterd/internal/audit"
+	"perimeterd/internal/identity"
 	"perimeterd/vpn"
 )
 
@@ -91,6 +92,8 @@ func TestEveryActLeavesARecord(t *testing.T) {
 	s := f.begin(t, "alice", "mac", 1)
 	f.Kick(ctx, s.ID)
 	f.Kick(ctx, s.ID)
+	devices := 3
+	f.SetUser(ctx, "alice", identity.Change{Groups: []string{"db"}, Sessions: &devices})
 	f.RevokeUser(ctx, "alice", "mac")
 	f.RevokeUser(ctx, "bob", "")
 	f.do(ctx, "POST", "/v1/users", "alice", nil)
@@ -102,13 +105,14 @@ func TestEveryActLeavesARecord(t *testing.T) {
 		if r.Kind != audit.Operator || !strings.HasPrefix(r.By, "root (0)") {
 			t.Errorf("%+v", r)
 		}
-		text, _, _ := strings.Cut(r.Detail, ":")
+		text, _, _ := strings.Cut(r.Detail, ": ")
 		fmt.Fprintf(&got, "%s %s %s %v %s %s\n", r.Action, r.User, r.Device, r.Session == s.ID.String(), r.Decision, text)
 	}
 	want := `user-add alice mac false done groups operators,db
-user-add alice mac false failed user "alice"
+user-add alice mac false failed groups operators,db
 kick alice mac true done ` + `
 kick   true failed no such session
+user-set alice  false done {"groups":["db"],"session_devices":3}
 user-revoke alice mac false done ` + `
 user-revoke bob  false failed user "bob" is not known here
 user-add   false failed request body

@@ -21,6 +21,7 @@ type Config struct {
 	Proxy              netip.AddrPort
 	Console            netip.AddrPort
 	Services           []Service // besides proxy and console
+	StatusFile         string    // see Tunnel.WriteStatus
 }
 
 // Service is a TCP port of the host, on the daemon's tunnel address, that members of groups reach. "*" is everybody; no group

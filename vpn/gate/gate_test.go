@@ -532,7 +532,7 @@ func TestEndpointOfTwoPeersStaysForTheOther(t *testing.T) {
 	}
 	b.tunnel.mu.Unlock()
 	at := func(first, second netip.AddrPort) {
-		b.tunnel.follow(map[session.Key]status{{0}: {first, now}, {1}: {second, now}}, now)
+		b.tunnel.follow(map[session.Key]status{{0}: {endpoint: first, handshake: now}, {1}: {endpoint: second, handshake: now}}, now)
 	}
 	at(shared, shared)
 	at(shared, elsewhere)

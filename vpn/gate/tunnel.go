@@ -390,8 +390,9 @@ func (t *Tunnel) noted(changed map[session.ID]session.Seen) {
 
 // status is what the device says of a peer whose handshake is complete.
 type status struct {
-	endpoint  netip.AddrPort
-	handshake time.Time
+	endpoint       netip.AddrPort
+	handshake      time.Time
+	received, sent uint64 // bytes
 }
 
 // endpoints reads the device's state (https://www.wireguard.com/xplatform/). The text holds private and preshared keys:
@@ -429,6 +430,10 @@ func (t *Tunnel) endpoints() (map[session.Key]status, error) {
 			if _, err := fmt.Sscan(value, &sec); err == nil && sec > 0 {
 				s.handshake = time.Unix(sec, 0).UTC()
 			}
+		case "rx_bytes":
+			_, _ = fmt.Sscan(value, &s.received)
+		case "tx_bytes":
+			_, _ = fmt.Sscan(value, &s.sent)
 		}
 	}
 	note()

@@ -23,7 +23,7 @@ type record struct {
 	Seq                                                              uint64
 	Kind, ID, User, Device, Session, Source, Destination, Dialed     string
 	Decision, Reason, End, Action, By, Detail, Address, Method, Prev string
-	Down                                                             int64
+	Down, Count                                                      int64
 }
 
 // audit is what `perimeterd audit query` prints.
@@ -57,6 +57,15 @@ func (s *stage) awaitRecord(what string, is func(record) bool, args ...string) r
 			s.t.Fatalf("the audit has no %s:\n%+v", what, s.audit())
 		case <-time.After(100 * time.Millisecond):
 		}
+	}
+}
+
+// explains runs `perimeterd why`.
+func (s *stage) explains(what, want string) {
+	s.t.Helper()
+	out, err := s.daemon.Perimeterd(s.ctx, "why", what)
+	if err != nil || !regexp.MustCompile(want).MatchString(out) {
+		s.t.Errorf("why %s: %v\n%s\nwant\n%s", what, err, out, want)
 	}
 }
 
@@ -119,6 +128,38 @@ func TestDaysLifeIsInTheAuditAndNoChangeOfItGoesUnseen(t *testing.T) {
 	s.ok(s.curl("https://" + cloudName + "/"))
 	s.fails(s.curl("https://evil.example.com/"))
 	began := s.awaitRecord("session", func(r record) bool { return r.Kind == "session-began" })
+	page := s.fails(s.curl("-f", "-w", "%{http_code}", "http://evil.example.com/")) // curl's own words for a 403
+	page = s.ok(s.curl("http://evil.example.com/")) + page
+	refusal := regexp.MustCompile(`no-rule \(([A-Z2-7]{10})\)`).FindStringSubmatch(page)
+	if refusal == nil {
+		t.Fatalf("no id in %s", page)
+	}
+	s.explains(refusal[1], `(?m)^20[-0-9: ]+  at the proxy, GET evil\.example\.com:80 was refused: no-rule$
+  user alice, device default
+  from 10\.77\.[0-9.]+:[0-9]+, session `+began.Session+`
+  No rule allows you this destination\. Ask the operator to add it\.
+  .perimeterd decide alice evil\.example\.com:80. says how it stands now$`)
+	s.explains(began.Session, `(?m)^session `+began.Session+` of alice, device default
+  began  20[-0-9: ]+ from `+regexp.QuoteMeta(source)+`, with the tunnel address 10\.77\.[0-9.]+, until 20[-0-9: ]+ at most
+  it lives
+  connections through the proxy: 1, [0-9.]+ k?B up, [0-9.]+ k?B down; refused: [23]$`)
+	s.explains("alice", `(?m)^alice: active, in operators
+  device default: good until 20[-0-9: ]+
+  session `+began.Session+`: inside since 20[-0-9: ]+, from `+regexp.QuoteMeta(source)+`, with the tunnel address 10\.77\.[0-9.]+
+  refused last:
+    20[-0-9: ]+  [A-Z2-7]{10}  at the proxy, GET evil\.example\.com:80 was refused: no-rule
+`)
+	for destination, want := range map[string]string{
+		cloudName + ":443":             "^alice \\(in operators\\) to s3\\.us-east-1\\.amazonaws\\.com:443, as a tunnel: allowed: allowed\nproxy.rule 2: allow = \\[@aws\\], ports = \\[443\\], groups = \\[\\*\\], tls = true\n",
+		"https://x.elb.amazonaws.com/": "^alice \\(in operators\\) to x\\.elb\\.amazonaws\\.com:443, as a tunnel: refused: denied-by-rule\nproxy.rule 1: deny = \\[@customer-hosted\\]\n",
+		"http://evil.example.com":      "as plain HTTP: refused: no-rule\nNo rule allows you this destination",
+		"169.254.169.254:80":           "refused: metadata\n",
+	} {
+		out, err := s.daemon.Perimeterd(s.ctx, "decide", "alice", destination)
+		if (err == nil) != strings.Contains(want, "allowed: allowed") || !regexp.MustCompile(want).MatchString(out) {
+			t.Errorf("decide %s: %v\n%s", destination, err, out)
+		}
+	}
 	// Noon: she is kicked, comes back, and leaves a connection open.
 	if out, err := s.daemon.Perimeterd(s.ctx, "kick", "alice"); err != nil {
 		t.Fatalf("%v %s", err, out)
@@ -136,6 +177,20 @@ func TestDaysLifeIsInTheAuditAndNoChangeOfItGoesUnseen(t *testing.T) {
 	s.stop()
 	if out, err := s.daemon.Perimeterd(s.ctx, "user", "add", "bob", "--out", filepath.Join(s.Dir, "bob.profile")); err != nil {
 		t.Fatalf("%v %s", err, out)
+	}
+
+	s.explains(began.Session, `(?m)^  ended  20[-0-9: ]+ after [0-9hms]+: kicked: an operator ended it; the user may begin another
+         by root \(0\)`)
+	s.explains("alice", `(?m)^alice: revoked at 20[-0-9: ]+, in operators
+  device default: revoked at 20[-0-9: ]+
+  the daemon is not running: nobody new comes in
+  session [0-9a-f]{32}: ended at 20[-0-9: ]+: revoked: the user, the device or the certificate was revoked, or is not let in any more
+  refused last:
+    20[-0-9: ]+  [A-Z2-7]{10}  at the gate, the certificate was refused: revoked
+ {37}the user was revoked: ask the operator
+`)
+	if out, err := s.daemon.Perimeterd(s.ctx, "decide", "alice", cloudName+":443"); err == nil || !strings.Contains(out, "refused: no-session\nalice is revoked, and has no session to come from.\n") {
+		t.Errorf("%v\n%s", err, out)
 	}
 
 	all := s.audit()
@@ -338,7 +393,7 @@ func TestReadersSeeEverythingAndChangeNothing(t *testing.T) {
 		return c
 	}
 	reader := []uint32{lab.ReadersGroup}
-	for _, args := range [][]string{{"status"}, {"sessions"}, {"user", "list"}, {"audit", "query"}, {"audit", "verify"}} {
+	for _, args := range [][]string{{"status"}, {"sessions"}, {"user", "list"}, {"events"}, {"why", "alice"}, {"decide", "alice", cloudName + ":443"}, {"audit", "query"}, {"audit", "verify"}} {
 		out := s.ok(as(reader, args...))
 		if args[0] == "sessions" && !strings.Contains(out, "alice") || args[0] == "audit" && args[1] == "query" && !strings.Contains(out, "session-began") ||
 			args[0] == "audit" && args[1] == "verify" && !strings.Contains(out, "\nhead ") && !strings.HasPrefix(out, "records 1 to ") {
@@ -362,4 +417,123 @@ func TestReadersSeeEverythingAndChangeNothing(t *testing.T) {
 	})
 	t.Logf("%+v", tried)
 	s.ok(as([]uint32{60194}, "kick", "alice"))
+}
+
+// Tools that read OpenVPN's status file read ours: jc is one.
+func TestStatusFileIsReadByToolsForOpenVPN(t *testing.T) {
+	s := newStage(t, lab.Options{}, lab.Setting{Key: "status_file", Value: `"openvpn-status.log"`})
+	s.ok(s.alice.VPN(s.ctx, "up"))
+	const sent = 3_000_000
+	s.ok(s.curl("-o", "/dev/null", fmt.Sprintf("https://%s/bytes/%d", cloudName, sent)))
+	file := filepath.Join(s.daemon.Dir, "state", "openvpn-status.log")
+	type parsed struct {
+		Clients []struct {
+			CommonName    string `json:"common_name"`
+			RealAddress   string `json:"real_address"`
+			BytesReceived int64  `json:"bytes_received"`
+			BytesSent     int64  `json:"bytes_sent"`
+			Since         int64  `json:"connected_since_epoch"`
+		}
+		RoutingTable []struct {
+			VirtualAddress string `json:"virtual_address"`
+			CommonName     string `json:"common_name"`
+			Last           int64  `json:"last_reference_epoch"`
+		} `json:"routing_table"`
+	}
+	read := func() (p parsed) {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return p
+		}
+		c := s.Bastion.Command(s.ctx, "jc", "--openvpn")
+		c.Stdin = bytes.NewReader(text)
+		if err := json.Unmarshal([]byte(s.ok(c)), &p); err != nil {
+			t.Fatalf("%v\n%s", err, text)
+		}
+		return p
+	}
+	var p parsed
+	for s.ctx.Err() == nil {
+		if p = read(); len(p.Clients) == 1 && p.Clients[0].BytesSent > sent {
+			break
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+	if len(p.Clients) != 1 || len(p.RoutingTable) != 1 {
+		t.Fatalf("%+v", p)
+	}
+	c, r := p.Clients[0], p.RoutingTable[0]
+	if c.CommonName != "alice" || c.RealAddress != s.Client.Addr.String() || c.BytesReceived == 0 || c.BytesSent > 2*sent || time.Since(time.Unix(c.Since, 0)) > 3*time.Minute ||
+		r.CommonName != "alice" || r.VirtualAddress != "10.77.0.2" || r.Last < c.Since {
+		t.Errorf("%+v", p)
+	}
+	if out, err := s.daemon.Perimeterd(s.ctx, "kick", "alice"); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	s.ok(s.alice.VPN(s.ctx, "down"))
+	for s.ctx.Err() == nil && len(read().Clients) > 0 {
+		time.Sleep(200 * time.Millisecond)
+	}
+	if p := read(); len(p.Clients) != 0 {
+		t.Errorf("after the end: %+v", p)
+	}
+}
+
+// The state's file system is a small one. Full, the audit stops and says so; the daemon judges on, and closed.
+func TestFullDiskStopsTheAuditAndNotTheDaemon(t *testing.T) {
+	s := newStage(t, lab.Options{})
+	s.ok(s.alice.VPN(s.ctx, "up"))
+	s.stop()
+	state := filepath.Join(s.daemon.Dir, "state")
+	s.ok(s.Bastion.Command(s.ctx, "sh", "-ec", `
+		mkdir "$1.small"; mount -t tmpfs -o size=64m none "$1.small"; cp -a "$1/." "$1.small"; mount --move "$1.small" "$1"`, "sh", state))
+	if err := s.daemon.Start(s.ctx); err != nil {
+		t.Fatal(err)
+	}
+	s.ok(s.curl("--max-time", "30", "--retry", "10", "--retry-all-errors", "https://"+cloudName+"/"))
+	problem := func() string {
+		out, err := s.daemon.Perimeterd(s.ctx, "status")
+		if err != nil {
+			t.Fatalf("%v %s", err, out)
+		}
+		return out
+	}
+	fill := func(mb string) {
+		s.Bastion.Command(s.ctx, "dd", "if=/dev/zero", "of="+filepath.Join(state, "filler"), "bs=1M", "count="+mb).Run()
+	}
+	const is = "the audit is not written: "
+	// The last 32 MiB are the state's: sessions begin and end as ever.
+	fill("40")
+	for s.ctx.Err() == nil && !strings.Contains(problem(), is) {
+		s.ok(s.curl("https://" + cloudName + "/"))
+	}
+	if out, err := s.daemon.Perimeterd(s.ctx, "kick", "alice"); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	s.ok(s.curl("--max-time", "20", "https://"+cloudName+"/"))
+	// Not one byte is left: who is in stays in until she is revoked, which holds.
+	fill("1000")
+	s.ok(s.curl("https://" + cloudName + "/"))
+	s.fails(s.curl("https://evil.example.com/"))
+	s.daemon.Perimeterd(s.ctx, "user", "revoke", "alice") // it says that it could not be written
+	s.fails(s.curl("--max-time", "3", "https://"+cloudName+"/"))
+	s.ok(s.Bastion.Command(s.ctx, "rm", filepath.Join(state, "filler")))
+	for s.ctx.Err() == nil && strings.Contains(problem(), is) {
+		time.Sleep(100 * time.Millisecond)
+	}
+	if out, err := s.daemon.Perimeterd(s.ctx, "user", "revoke", "alice"); err != nil {
+		t.Errorf("%v %s", err, out)
+	}
+	s.awaitRecord("revocation", func(r record) bool { return r.Kind == "operator" && r.Action == "user-revoke" && r.Decision == "done" })
+	lost := s.audit("--kind", "records-lost")
+	if len(lost) != 1 || lost[0].Count < 3 || !strings.Contains(lost[0].Detail, "no space left on device") {
+		t.Errorf("%+v", lost)
+	}
+	if n := len(s.daemon.Entries("the audit cannot be written: its records are counted until it can")); n != 1 {
+		t.Errorf("said %d times", n)
+	}
+	s.stop()
+	if out, err := s.verify(s.journal()); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
 }
