@@ -117,7 +117,7 @@ func (g *Gate) post(w http.ResponseWriter, r *http.Request, id identity.Identity
 func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source netip.Addr, postQuantum bool, now time.Time) (session.Session, error) {
 	g.begin.Lock()
 	defer g.begin.Unlock()
-	own := g.of(id)
+	own := g.store.Of(id.Certificate)
 	for _, s := range own {
 		if s.PublicKey == session.Key(req.PublicKey) {
 			return s, nil
@@ -127,20 +127,20 @@ func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source
 		return session.Session{}, &vpn.APIError{Code: vpn.CodeRate, Message: "too many sessions in a short time", Fix: "keep the ones you have",
 			RetryAfter: int(wait.Seconds()) + 1}
 	}
-	if live := len(g.store.List()); live >= g.cfg.Limit {
+	if live := g.store.Len(); live >= g.cfg.Limit {
 		return session.Session{}, &vpn.APIError{Code: vpn.CodeLimit, Message: fmt.Sprintf("%d sessions are live, and session.limit is %d", live, g.cfg.Limit),
 			Fix: "try again later", RetryAfter: 60}
 	}
-	address, err := g.address(id, now)
+	device := id.Device
+	if device == "" {
+		device = req.Device
+	}
+	address, err := g.address(id, device, now)
 	if err != nil && !errors.Is(err, vpn.ErrPoolEmpty) {
 		return session.Session{}, err
 	}
 	if err != nil {
 		return session.Session{}, &vpn.APIError{Code: vpn.CodePool, Message: err.Error(), Fix: "try again later", RetryAfter: int(vpn.Quarantine.Seconds())}
-	}
-	device := id.Device
-	if device == "" {
-		device = req.Device
 	}
 	expires := now.Add(id.Settings.Max(g.cfg.Max))
 	if id.NotAfter.Before(expires) {
@@ -159,7 +159,7 @@ func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source
 		return s, err
 	}
 	// Only now that the new one is there may it replace another.
-	for own, limit := g.of(id), id.Settings.Limit(g.cfg.Devices); len(own) > limit; own = own[1:] {
+	for own, limit := g.store.Of(id.Certificate), id.Settings.Limit(g.cfg.Devices); len(own) > limit; own = own[1:] {
 		if err := g.store.End(own[0].ID, session.Replaced); err != nil && !errors.Is(err, session.ErrNotFound) {
 			return s, errors.Join(err, g.store.End(s.ID, session.Deleted))
 		}
@@ -167,17 +167,6 @@ func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source
 	g.log.Info("session began", "session", s.ID, "user", s.User, "device", s.Device, "source", source, "address", s.Address,
 		"expires", s.Expires, "post_quantum", s.PostQuantum)
 	return s, nil
-}
-
-// of lists the live sessions of a certificate, oldest first.
-func (g *Gate) of(id identity.Identity) (own []session.Session) {
-	for _, s := range g.store.List() {
-		if s.Certificate == id.Certificate {
-			own = append(own, s)
-		}
-	}
-	slices.SortFunc(own, func(a, b session.Session) int { return a.Created.Compare(b.Created) })
-	return own
 }
 
 // find is the caller's session of the path. Someone else's does not exist for him.
@@ -192,7 +181,7 @@ func (g *Gate) find(r *http.Request, id identity.Identity) (session.Session, err
 
 func (g *Gate) list(w http.ResponseWriter, _ *http.Request, id identity.Identity) error {
 	list := []vpn.SessionReply{}
-	for _, s := range g.of(id) {
+	for _, s := range g.store.Of(id.Certificate) {
 		list = append(list, g.reply(s))
 	}
 	return writeJSON(w, http.StatusOK, list)

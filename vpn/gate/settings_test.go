@@ -55,9 +55,9 @@ func TestAUsersOwnSettingsGoBeforeEverybodys(t *testing.T) {
 	if n := len(b.store.List()); n != 4 {
 		t.Errorf("%d live sessions: a second one of a device replaces the first", n)
 	}
-	// After a restart the address is still hers, although it was held by her certificate only.
+	// After a restart the address is still hers, although it was held by one of her devices only.
 	for _, s := range b.store.List() {
-		b.gate.pool.Hold(s.Address, s.Certificate)
+		b.gate.pool.Hold(s.Address, owner(s.User, s.Device))
 	}
 	b.gate.Reserve(map[netip.Addr]string{own: "alice"})
 	if got := post(alice); got != own {
