@@ -55,8 +55,9 @@ type Session struct {
 	Outer        netip.Addr // where the request came from
 	Created      time.Time
 	Expires      time.Time
-	PostQuantum  bool // whether the preshared key travelled under a post-quantum key exchange
-	Seen         Seen // as last noted; zero: its client has not proven its key yet
+	KeyExchange  string // of the TLS connection that the preshared key travelled in, as crypto/tls names it
+	PostQuantum  bool   // whether that withstands a quantum computer
+	Seen         Seen   // as last noted; zero: its client has not proven its key yet
 }
 
 // Seen is where a session's client was when it last completed a handshake.

@@ -87,13 +87,11 @@ func (g *Gate) post(w http.ResponseWriter, r *http.Request, id identity.Identity
 	if err != nil {
 		return err
 	}
-	postQuantum := r.TLS.CurveID == tls.X25519MLKEM768
-	if g.cfg.RequirePostQuantum && !postQuantum {
-		return &vpn.APIError{Code: vpn.CodePostQuantum, Message: "this gate wants a post-quantum key exchange, and " + r.TLS.CurveID.String() + " is none",
-			Fix: "use a client with X25519MLKEM768 (Go 1.24, OpenSSL 3.5 or newer)"}
-	}
-	s, err := g.beginSession(req, id, outer(r).Addr(), postQuantum, time.Now())
+	s, err := g.beginSession(req, id, outer(r).Addr(), r.TLS.CurveID, time.Now())
 	if err != nil {
+		return err
+	}
+	if err := sameStrength(s, r); err != nil {
 		return err
 	}
 	// A revocation that came between the check and the session found no session to end.
@@ -113,8 +111,33 @@ func (g *Gate) post(w http.ResponseWriter, r *http.Request, id identity.Identity
 	return writeJSON(w, http.StatusCreated, reply)
 }
 
+// postQuantum tells whether what travels under a key exchange withstands a quantum computer.
+func postQuantum(curve tls.CurveID) bool {
+	return curve == tls.X25519MLKEM768 || curve == tls.SecP256r1MLKEM768 || curve == tls.SecP384r1MLKEM1024
+}
+
+const strongerClient = "use a client with X25519MLKEM768 (Go 1.24, OpenSSL 3.5 or newer)"
+
+// strong refuses a request whose key exchange is not what the configuration demands.
+func (g *Gate) strong(r *http.Request) error {
+	if !g.cfg.RequirePostQuantum || postQuantum(r.TLS.CurveID) {
+		return nil
+	}
+	return &vpn.APIError{Code: vpn.CodePostQuantum, Message: "this gate wants a post-quantum key exchange, and " + r.TLS.CurveID.String() + " is none",
+		Fix: strongerClient}
+}
+
+// sameStrength refuses a request that would have the preshared key of a post-quantum session travel once more, and weaker.
+func sameStrength(s session.Session, r *http.Request) error {
+	if !s.PostQuantum || postQuantum(r.TLS.CurveID) {
+		return nil
+	}
+	return &vpn.APIError{Code: vpn.CodePostQuantum, Message: "the preshared key of this session came by a post-quantum key exchange, and " + r.TLS.CurveID.String() + " is none",
+		Fix: strongerClient}
+}
+
 // beginSession makes a session, or finds the one that a repeated request of the same key and certificate has.
-func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source netip.Addr, postQuantum bool, now time.Time) (session.Session, error) {
+func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source netip.Addr, curve tls.CurveID, now time.Time) (session.Session, error) {
 	g.begin.Lock()
 	defer g.begin.Unlock()
 	own := g.store.Of(id.Certificate)
@@ -147,7 +170,8 @@ func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source
 		expires = id.NotAfter
 	}
 	s := session.Session{ID: session.NewID(), User: id.User, Device: device, Groups: id.Groups, Credential: id.Credential, Certificate: id.Certificate, Chain: id.Chain,
-		PublicKey: session.Key(req.PublicKey), Address: address, Outer: source, Created: now, Expires: expires, PostQuantum: postQuantum}
+		PublicKey: session.Key(req.PublicKey), Address: address, Outer: source, Created: now, Expires: expires,
+		KeyExchange: curve.String(), PostQuantum: postQuantum(curve)}
 	rand.Read(s.PresharedKey[:])
 	switch err := g.store.Put(s); {
 	case err == nil:
@@ -165,7 +189,7 @@ func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source
 		}
 	}
 	g.log.Info("session began", "session", s.ID, "user", s.User, "device", s.Device, "source", source, "address", s.Address,
-		"expires", s.Expires, "post_quantum", s.PostQuantum)
+		"expires", s.Expires, "post_quantum", s.PostQuantum, "key_exchange", s.KeyExchange)
 	return s, nil
 }
 
@@ -209,6 +233,9 @@ func (g *Gate) delete(w http.ResponseWriter, r *http.Request, id identity.Identi
 
 func (g *Gate) wgQuick(w http.ResponseWriter, r *http.Request, id identity.Identity) error {
 	s, err := g.find(r, id)
+	if err == nil {
+		err = sameStrength(s, r)
+	}
 	if err != nil {
 		return err
 	}

@@ -278,3 +278,35 @@ func FuzzInitiation(f *testing.F) {
 		}
 	})
 }
+
+// Whoever names another's key gets a session that nothing ever passes.
+func TestKeyThatIsNotProvenIsNeverAdmitted(t *testing.T) {
+	b := newBench(t, nil)
+	victims, public := keyPair(t)
+	stolen := b.post(b.user("mallory", "mac", time.Hour), public)
+	s := b.stranger()
+	if !s.answered(craft(t, victims, b.serverWG, time.Now()), answer) {
+		t.Fatal("the handshake that only the victim can begin is not answered: this test shows nothing")
+	}
+	// The answer was made with a preshared key that the victim does not have: nothing follows.
+	for _, junk := range [][]byte{make([]byte, 32), append([]byte{4, 0, 0, 0}, make([]byte, 60)...)} {
+		if _, err := s.Write(junk); err != nil {
+			t.Fatal(err)
+		}
+	}
+	select {
+	case p := <-b.tun.Inbound:
+		t.Errorf("a packet came through: %x", p)
+	case <-time.After(silence):
+	}
+	if admitted, peers := b.door.sizes(); admitted != 0 || peers != 0 || b.tunnel.Pending() != 1 {
+		t.Errorf("%d admitted, %d endpoints, %d pending: want none, none, one", admitted, peers, b.tunnel.Pending())
+	}
+	id, err := session.ParseID(stolen.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s, _ := b.store.Get(id); !s.Seen.Handshake.IsZero() {
+		t.Error("it counts as seen")
+	}
+}

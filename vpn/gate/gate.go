@@ -207,6 +207,9 @@ func (g *Gate) method(handlers map[string]handler) http.Handler {
 		w.Header().Set("Cache-Control", "no-store")
 		id, err := g.verifier.Identify(*r.TLS)
 		if err == nil {
+			err = g.strong(r)
+		}
+		if err == nil {
 			switch h := handlers[r.Method]; {
 			case h != nil:
 				err = h(w, r, id)

@@ -61,6 +61,7 @@ func sample(n, c byte) session.Session {
 		Outer:       netip.MustParseAddr("2001:db8::1"),
 		Created:     start.Add(time.Duration(n) * time.Second),
 		Expires:     start.Add(time.Hour),
+		KeyExchange: "X25519MLKEM768",
 		PostQuantum: true,
 	}
 	s.PublicKey[0], s.PublicKey[31], s.PresharedKey[5], s.Certificate[0] = n, 7, n, c
