@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// Quarantine is how long a released address waits before another certificate gets it: longer than a TCP peer retransmits
+// Quarantine is how long a released address waits before another owner gets it: longer than a TCP peer retransmits
 // (RFC 9293 and Linux's tcp_retries2: some 15 minutes), so that no old connection's bytes reach a new owner.
 const Quarantine = 20 * time.Minute
 
@@ -15,14 +15,15 @@ const Quarantine = 20 * time.Minute
 var ErrPoolEmpty = errors.New("no free tunnel address")
 
 // Pool hands out the addresses of an IPv4 network but its first two (the network, the daemon) and its last (broadcast).
-// An address stays with its certificate: who comes back gets the one he had, quarantine or not.
+// An address stays with its owner, a device of a user: who comes back gets the one he had, quarantine or not.
 type Pool struct {
 	mu       sync.Mutex
+	first    netip.Addr
 	next     netip.Addr // never handed out yet, from here on
 	end      netip.Addr // the broadcast address
-	owners   map[netip.Addr][32]byte
+	owners   map[netip.Addr]string
 	held     map[netip.Addr]bool
-	byOwner  map[[32]byte][]netip.Addr
+	byOwner  map[string][]netip.Addr
 	released []release // in order of time
 	last     map[netip.Addr]time.Time
 	reserved map[netip.Addr]bool
@@ -40,15 +41,16 @@ func NewPool(network netip.Prefix) *Pool {
 	for i := network.Bits(); i < 32; i++ {
 		last[i/8] |= 0x80 >> (i % 8)
 	}
-	return &Pool{next: network.Addr().Next().Next(), end: netip.AddrFrom4(last), owners: map[netip.Addr][32]byte{},
-		held: map[netip.Addr]bool{}, byOwner: map[[32]byte][]netip.Addr{}, last: map[netip.Addr]time.Time{}, reserved: map[netip.Addr]bool{}}
+	first := network.Addr().Next().Next()
+	return &Pool{first: first, next: first, end: netip.AddrFrom4(last), owners: map[netip.Addr]string{}, held: map[netip.Addr]bool{},
+		byOwner: map[string][]netip.Addr{}, last: map[netip.Addr]time.Time{}, reserved: map[netip.Addr]bool{}}
 }
 
 // Size is how many addresses network has for clients.
 func Size(network netip.Prefix) int { return 1<<(32-network.Bits()) - 3 }
 
 // Take holds an address for owner. ErrPoolEmpty: try again after Quarantine at the latest.
-func (p *Pool) Take(owner [32]byte, now time.Time) (netip.Addr, error) {
+func (p *Pool) Take(owner string, now time.Time) (netip.Addr, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, a := range p.byOwner[owner] {
@@ -99,7 +101,7 @@ func (p *Pool) Reserve(list []netip.Addr, now time.Time) {
 
 // TakeReserved holds a reserved address for owner, and says whether it could: somebody may hold it, or have released it less
 // than Quarantine ago.
-func (p *Pool) TakeReserved(a netip.Addr, owner [32]byte, now time.Time) bool {
+func (p *Pool) TakeReserved(a netip.Addr, owner string, now time.Time) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	before, had := p.owners[a]
@@ -111,12 +113,36 @@ func (p *Pool) TakeReserved(a netip.Addr, owner [32]byte, now time.Time) bool {
 	return true
 }
 
+// Own makes an address that is held, or rests, be owner's.
+func (p *Pool) Own(a netip.Addr, owner string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if _, had := p.owners[a]; had {
+		p.disownLocked(a)
+		p.ownLocked(a, owner)
+	}
+}
+
 // Hold marks an address as owner's, for sessions that come back after a restart.
-func (p *Pool) Hold(a netip.Addr, owner [32]byte) {
+func (p *Pool) Hold(a netip.Addr, owner string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.disownLocked(a)
 	p.holdLocked(a, owner)
+}
+
+// Rest notes that owner gave an address back at a time, before this pool was there. It is to be called in the order of
+// these times, and before Hold. Addresses of another network are nobody's here.
+func (p *Pool) Rest(a netip.Addr, owner string, at time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if a.Less(p.first) || !a.Less(p.end) {
+		return
+	}
+	p.disownLocked(a)
+	p.ownLocked(a, owner)
+	p.last[a] = at
+	p.released = append(p.released, release{a, at})
 }
 
 // Release begins the quarantine of an address that Take or Hold held.
@@ -134,8 +160,12 @@ func (p *Pool) Release(a netip.Addr, now time.Time) {
 	}
 }
 
-func (p *Pool) holdLocked(a netip.Addr, owner [32]byte) {
+func (p *Pool) holdLocked(a netip.Addr, owner string) {
 	p.held[a] = true
+	p.ownLocked(a, owner)
+}
+
+func (p *Pool) ownLocked(a netip.Addr, owner string) {
 	p.owners[a] = owner
 	p.byOwner[owner] = append(p.byOwner[owner], a)
 }

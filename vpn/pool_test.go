@@ -9,9 +9,9 @@ import (
 func TestReservedAddressIsNobodyElses(t *testing.T) {
 	p := NewPool(netip.MustParsePrefix("10.77.0.0/29")) // .2 to .6
 	now := time.Unix(0, 0)
-	alice, bob, carol := [32]byte{1}, [32]byte{2}, [32]byte{3}
+	alice, bob, carol := "alice", "bob", "carol"
 	three, four := netip.MustParseAddr("10.77.0.3"), netip.MustParseAddr("10.77.0.4")
-	take := func(who [32]byte, at time.Time) string {
+	take := func(who string, at time.Time) string {
 		a, err := p.Take(who, at)
 		if err != nil {
 			return err.Error()

@@ -12,8 +12,8 @@ import (
 func TestPoolKeepsAnAddressForItsOwnerAndRestsItForOthers(t *testing.T) {
 	p := NewPool(netip.MustParsePrefix("10.77.0.0/29")) // .2 to .6
 	now := time.Unix(0, 0)
-	alice, bob, carol := [32]byte{1}, [32]byte{2}, [32]byte{3}
-	take := func(who [32]byte, at time.Time) string {
+	alice, bob, carol := "alice", "bob", "carol"
+	take := func(who string, at time.Time) string {
 		a, err := p.Take(who, at)
 		if err != nil {
 			return err.Error()
@@ -50,9 +50,34 @@ func TestPoolKeepsAnAddressForItsOwnerAndRestsItForOthers(t *testing.T) {
 
 func TestPoolHoldsWhatCameBack(t *testing.T) {
 	p := NewPool(netip.MustParsePrefix("10.77.0.0/29"))
-	p.Hold(netip.MustParseAddr("10.77.0.2"), [32]byte{1})
-	if a, err := p.Take([32]byte{2}, time.Now()); err != nil || a.String() != "10.77.0.3" {
+	p.Hold(netip.MustParseAddr("10.77.0.2"), "alice")
+	if a, err := p.Take("bob", time.Now()); err != nil || a.String() != "10.77.0.3" {
 		t.Errorf("got %v, %v", a, err)
+	}
+}
+
+func TestPoolGoesOnWithTheQuarantinesOfAnEarlierOne(t *testing.T) {
+	p := NewPool(netip.MustParsePrefix("10.77.0.0/29"))
+	now := time.Unix(1e9, 0)
+	for i, a := range []string{"10.77.0.2", "10.77.0.3", "10.77.0.4", "10.77.0.5", "10.77.0.6", "10.77.0.1", "10.77.0.7", "192.0.2.1"} {
+		p.Rest(netip.MustParseAddr(a), "alice", now.Add(time.Duration(i-8)*time.Minute))
+	}
+	p.Hold(netip.MustParseAddr("10.77.0.3"), "carol") // live again
+	take := func(who string, at time.Time) string {
+		a, err := p.Take(who, at)
+		if err != nil {
+			return err.Error()
+		}
+		return a.String()
+	}
+	if got := take("bob", now); got != ErrPoolEmpty.Error() {
+		t.Fatalf("bob got %s, which rests", got)
+	}
+	if got := take("alice", now); got != "10.77.0.2" {
+		t.Fatalf("alice got %s, want one of hers", got)
+	}
+	if got := take("bob", now.Add(Quarantine-6*time.Minute)); got != "10.77.0.4" {
+		t.Fatalf("bob got %s, want what rested longest and is free", got)
 	}
 }
 

@@ -61,6 +61,7 @@ type Session struct {
 	Created     time.Time  `json:"created"`
 	Expires     time.Time  `json:"expires"`
 	PostQuantum bool       `json:"post_quantum"`
+	KeyExchange string     `json:"key_exchange"`
 	// Endpoint and Handshake are of the last handshake, as far as it is noted.
 	Endpoint  netip.AddrPort `json:"endpoint,omitzero"`
 	Handshake time.Time      `json:"handshake,omitzero"`
@@ -202,7 +203,7 @@ func (o *Operations) sessions() []Session {
 	all := o.Sessions.List()
 	list := make([]Session, len(all))
 	for i, s := range all {
-		list[i] = Session{s.ID, s.User, s.Device, append([]string{}, s.Groups...), s.Address, s.Outer, s.Created, s.Expires, s.PostQuantum, s.Seen.Endpoint, s.Seen.Handshake}
+		list[i] = Session{s.ID, s.User, s.Device, append([]string{}, s.Groups...), s.Address, s.Outer, s.Created, s.Expires, s.PostQuantum, s.KeyExchange, s.Seen.Endpoint, s.Seen.Handshake}
 	}
 	return list
 }

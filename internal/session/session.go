@@ -55,8 +55,9 @@ type Session struct {
 	Outer        netip.Addr // where the request came from
 	Created      time.Time
 	Expires      time.Time
-	PostQuantum  bool // whether the preshared key travelled under a post-quantum key exchange
-	Seen         Seen // as last noted; zero: its client has not proven its key yet
+	KeyExchange  string // of the TLS connection that the preshared key travelled in, as crypto/tls names it
+	PostQuantum  bool   // whether that withstands a quantum computer
+	Seen         Seen   // as last noted; zero: its client has not proven its key yet
 }
 
 // Seen is where a session's client was when it last completed a handshake.
@@ -79,6 +80,20 @@ const (
 	Changed  Reason = "changed"  // the user's groups or settings did: his next session has the new ones
 )
 
+// Release is an address that a session gave back by ending.
+type Release struct {
+	Address      netip.Addr
+	User, Device string        // who had it last
+	Ago          time.Duration // at least: neither a restart nor the wall clock makes it more
+}
+
+// KeyMemory is how long the key of an ended session is refused. Recorded handshake initiations of it must be worth nothing
+// by then: who takes initiations refuses those that are InitiationAge old.
+const (
+	KeyMemory     = 30 * 24 * time.Hour
+	InitiationAge = 20 * 24 * time.Hour
+)
+
 // Event is a change of the set of live sessions. Ended is empty when the session begins.
 type Event struct {
 	Session Session
@@ -88,7 +103,8 @@ type Event struct {
 var (
 	// ErrNotFound is returned for an id that names no live session.
 	ErrNotFound = errors.New("no such session")
-	// ErrKeyBound is returned when a public key was used by another certificate before: a key belongs to one for ever.
+	// ErrKeyBound is returned when a public key was used by another certificate before: a key belongs to one, and for
+	// KeyMemory after its session's end.
 	ErrKeyBound = errors.New("this WireGuard key belongs to another certificate")
 	// ErrKeyUsed is returned when a public key had a session that ended. Adding a key again would forget its replay
 	// timestamp, and an old recorded handshake would move the endpoint.
@@ -110,12 +126,17 @@ type Store interface {
 	// Note remembers where clients were seen, so that their tunnels come back after a restart. It is no event, and passes over
 	// sessions that ended meanwhile. Errors: of the medium; what was noted is seen by readers all the same.
 	Note(map[ID]Seen) error
-	// Get, ByAddress and List see live sessions only. They never block on the medium.
+	// Get, ByAddress, List, Of and Len see live sessions only. They never block on the medium.
 	Get(ID) (Session, bool)
 	ByAddress(netip.Addr) (Session, bool)
 	List() []Session
+	Of(certificate [32]byte) []Session // oldest first
+	Len() int
+	// Released lists the addresses that nobody holds now and somebody did, longest ago first.
+	Released() ([]Release, error)
 	// Watch calls fn for every live session now, as a begin, then for every event. Several may watch.
 	Watch(fn func(Event))
-	// Expire ends every session whose Expires is not after now, and returns when the next one is due (zero: none).
+	// Expire ends every session whose Expires is not after now, or whose life as it was at Put has passed, whatever the wall
+	// clock says since. It returns when the next one is due by that clock (zero: none).
 	Expire(now time.Time) (next time.Time)
 }

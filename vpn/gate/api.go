@@ -94,13 +94,11 @@ func (g *Gate) post(w http.ResponseWriter, r *http.Request, id identity.Identity
 	if err != nil {
 		return err
 	}
-	postQuantum := r.TLS.CurveID == tls.X25519MLKEM768
-	if g.cfg.RequirePostQuantum && !postQuantum {
-		return &vpn.APIError{Code: vpn.CodePostQuantum, Message: "this gate wants a post-quantum key exchange, and " + r.TLS.CurveID.String() + " is none",
-			Fix: "use a client with X25519MLKEM768 (Go 1.24, OpenSSL 3.5 or newer)"}
-	}
-	s, err := g.beginSession(req, id, outer(r).Addr(), postQuantum, time.Now())
+	s, err := g.beginSession(req, id, outer(r).Addr(), r.TLS.CurveID, time.Now())
 	if err != nil {
+		return err
+	}
+	if err := sameStrength(s, r); err != nil {
 		return err
 	}
 	// A revocation that came between the check and the session found no session to end.
@@ -120,11 +118,36 @@ func (g *Gate) post(w http.ResponseWriter, r *http.Request, id identity.Identity
 	return writeJSON(w, http.StatusCreated, reply)
 }
 
+// postQuantum tells whether what travels under a key exchange withstands a quantum computer.
+func postQuantum(curve tls.CurveID) bool {
+	return curve == tls.X25519MLKEM768 || curve == tls.SecP256r1MLKEM768 || curve == tls.SecP384r1MLKEM1024
+}
+
+const strongerClient = "use a client with X25519MLKEM768 (Go 1.24, OpenSSL 3.5 or newer)"
+
+// strong refuses a request whose key exchange is not what the configuration demands.
+func (g *Gate) strong(r *http.Request) error {
+	if !g.cfg.RequirePostQuantum || postQuantum(r.TLS.CurveID) {
+		return nil
+	}
+	return &vpn.APIError{Code: vpn.CodePostQuantum, Message: "this gate wants a post-quantum key exchange, and " + r.TLS.CurveID.String() + " is none",
+		Fix: strongerClient}
+}
+
+// sameStrength refuses a request that would have the preshared key of a post-quantum session travel once more, and weaker.
+func sameStrength(s session.Session, r *http.Request) error {
+	if !s.PostQuantum || postQuantum(r.TLS.CurveID) {
+		return nil
+	}
+	return &vpn.APIError{Code: vpn.CodePostQuantum, Message: "the preshared key of this session came by a post-quantum key exchange, and " + r.TLS.CurveID.String() + " is none",
+		Fix: strongerClient}
+}
+
 // beginSession makes a session, or finds the one that a repeated request of the same key and certificate has.
-func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source netip.Addr, postQuantum bool, now time.Time) (session.Session, error) {
+func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source netip.Addr, curve tls.CurveID, now time.Time) (session.Session, error) {
 	g.begin.Lock()
 	defer g.begin.Unlock()
-	own := g.of(id)
+	own := g.store.Of(id.Certificate)
 	for _, s := range own {
 		if s.PublicKey == session.Key(req.PublicKey) {
 			return s, nil
@@ -134,27 +157,28 @@ func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source
 		return session.Session{}, &vpn.APIError{Code: vpn.CodeRate, Message: "too many sessions in a short time", Fix: "keep the ones you have",
 			RetryAfter: int(wait.Seconds()) + 1}
 	}
-	if live := len(g.store.List()); live >= g.cfg.Limit {
+	if live := g.store.Len(); live >= g.cfg.Limit {
 		return session.Session{}, &vpn.APIError{Code: vpn.CodeLimit, Message: fmt.Sprintf("%d sessions are live, and session.limit is %d", live, g.cfg.Limit),
 			Fix: "try again later", RetryAfter: 60}
 	}
-	address, err := g.address(id, now)
+	device := id.Device
+	if device == "" {
+		device = req.Device
+	}
+	address, err := g.address(id, device, now)
 	if err != nil && !errors.Is(err, vpn.ErrPoolEmpty) {
 		return session.Session{}, err
 	}
 	if err != nil {
 		return session.Session{}, &vpn.APIError{Code: vpn.CodePool, Message: err.Error(), Fix: "try again later", RetryAfter: int(vpn.Quarantine.Seconds())}
 	}
-	device := id.Device
-	if device == "" {
-		device = req.Device
-	}
 	expires := now.Add(id.Settings.Max(g.cfg.Max))
 	if id.NotAfter.Before(expires) {
 		expires = id.NotAfter
 	}
 	s := session.Session{ID: session.NewID(), User: id.User, Device: device, Groups: id.Groups, Credential: id.Credential, Certificate: id.Certificate, Chain: id.Chain,
-		PublicKey: session.Key(req.PublicKey), Address: address, Outer: source, Created: now, Expires: expires, PostQuantum: postQuantum}
+		PublicKey: session.Key(req.PublicKey), Address: address, Outer: source, Created: now, Expires: expires,
+		KeyExchange: curve.String(), PostQuantum: postQuantum(curve)}
 	rand.Read(s.PresharedKey[:])
 	switch err := g.store.Put(s); {
 	case err == nil:
@@ -166,25 +190,14 @@ func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source
 		return s, err
 	}
 	// Only now that the new one is there may it replace another.
-	for own, limit := g.of(id), id.Settings.Limit(g.cfg.Devices); len(own) > limit; own = own[1:] {
+	for own, limit := g.store.Of(id.Certificate), id.Settings.Limit(g.cfg.Devices); len(own) > limit; own = own[1:] {
 		if err := g.store.End(own[0].ID, session.Replaced); err != nil && !errors.Is(err, session.ErrNotFound) {
 			return s, errors.Join(err, g.store.End(s.ID, session.Deleted))
 		}
 	}
 	g.log.Info("session began", "session", s.ID, "user", s.User, "device", s.Device, "source", source, "address", s.Address,
-		"expires", s.Expires, "post_quantum", s.PostQuantum)
+		"expires", s.Expires, "post_quantum", s.PostQuantum, "key_exchange", s.KeyExchange)
 	return s, nil
-}
-
-// of lists the live sessions of a certificate, oldest first.
-func (g *Gate) of(id identity.Identity) (own []session.Session) {
-	for _, s := range g.store.List() {
-		if s.Certificate == id.Certificate {
-			own = append(own, s)
-		}
-	}
-	slices.SortFunc(own, func(a, b session.Session) int { return a.Created.Compare(b.Created) })
-	return own
 }
 
 // find is the caller's session of the path. Someone else's does not exist for him.
@@ -199,7 +212,7 @@ func (g *Gate) find(r *http.Request, id identity.Identity) (session.Session, err
 
 func (g *Gate) list(w http.ResponseWriter, _ *http.Request, id identity.Identity) error {
 	list := []vpn.SessionReply{}
-	for _, s := range g.of(id) {
+	for _, s := range g.store.Of(id.Certificate) {
 		list = append(list, g.reply(s))
 	}
 	return writeJSON(w, http.StatusOK, list)
@@ -227,6 +240,9 @@ func (g *Gate) delete(w http.ResponseWriter, r *http.Request, id identity.Identi
 
 func (g *Gate) wgQuick(w http.ResponseWriter, r *http.Request, id identity.Identity) error {
 	s, err := g.find(r, id)
+	if err == nil {
+		err = sameStrength(s, r)
+	}
 	if err != nil {
 		return err
 	}

@@ -79,8 +79,16 @@ func New(cfg Config, known func(netip.Addr) bool, serverKey [32]byte, cert tls.C
 	g := &Gate{cfg: cfg, serverKey: serverKey, cert: cert, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: logger, count: func(string) {}, watch: func(Refusal) {},
 		pace: pace{next: map[[32]byte]time.Time{}}, renewed: pace{next: map[[32]byte]time.Time{}}, known: known, callers: &callers{by: map[*counted]caller{}},
 		connections: func(session.ID) int { return 0 }, ended: map[session.ID]session.Session{}}
+	released, err := store.Released()
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	for _, r := range released {
+		g.pool.Rest(r.Address, owner(r.User, r.Device), now.Add(-r.Ago))
+	}
 	for _, s := range store.List() {
-		g.pool.Hold(s.Address, s.Certificate)
+		g.pool.Hold(s.Address, owner(s.User, s.Device))
 	}
 	return g, nil
 }
@@ -102,7 +110,8 @@ func (g *Gate) SessionEvent(e session.Event) {
 	g.ended[e.Session.ID] = e.Session
 	g.rest.Unlock()
 	g.release(time.Now())
-	if e.Ended != session.Deleted && e.Ended != session.Replaced { // there the request is waiting for its answer
+	switch e.Ended { // else the request that ended it waits for its answer
+	case session.Revoked, session.Kicked, session.Expired:
 		g.callers.cut(func(who caller) bool { return who.certificate == e.Session.Certificate })
 	}
 }
@@ -201,6 +210,9 @@ func (g *Gate) method(handlers map[string]handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Cache-Control", "no-store")
 		id, err := g.verifier.Identify(*r.TLS)
+		if err == nil {
+			err = g.strong(r)
+		}
 		if err == nil {
 			g.used(id)
 			switch h := handlers[r.Method]; {

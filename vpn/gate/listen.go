@@ -24,6 +24,8 @@ const (
 	unfinished = 256
 	reserved   = unfinished / 2
 	overall    = 4096
+	// What the kernel may hold of one, bytes each way.
+	socketBuffer = 64 << 10
 )
 
 // capped bounds connections at a time, for each source and for all together. One too many is closed before its TLS
@@ -51,6 +53,10 @@ func (l *capped) Accept() (net.Conn, error) {
 		}
 		source := addrPort(c.RemoteAddr()).Addr()
 		if l.take(source) {
+			if t, ok := c.(*net.TCPConn); ok { // requests and answers are small; a caller who reads nothing is felt soon
+				t.SetReadBuffer(socketBuffer)
+				t.SetWriteBuffer(socketBuffer)
+			}
 			return &counted{Conn: c, list: l, known: l.callers, source: source}, nil
 		}
 		c.Close()

@@ -2,7 +2,9 @@ package gate
 
 import (
 	"crypto/hmac"
+	"encoding/binary"
 	"hash"
+	"time"
 
 	"golang.org/x/crypto/blake2s"
 	"golang.org/x/crypto/chacha20poly1305"
@@ -45,6 +47,11 @@ func openInitiation(message []byte, private, public [32]byte) (i initiation, ok 
 func (i initiation) stamp(shared [32]byte) (stamp [12]byte, ok bool) {
 	ok = i.unseal(stamp[:], shared[:], i.sealed)
 	return stamp, ok
+}
+
+// madeAt is the time of a stamp (https://cr.yp.to/libtai/tai64.html), to the second and without its leap seconds.
+func madeAt(stamp [12]byte) time.Time {
+	return time.Unix(int64(binary.BigEndian.Uint64(stamp[:])-1<<62), 0)
 }
 
 // unseal mixes a shared secret into the chain, and opens what is sealed by the key that follows.

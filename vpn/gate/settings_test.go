@@ -67,9 +67,9 @@ func TestAUsersOwnSettingsGoBeforeEverybodys(t *testing.T) {
 		t.Error("the address is free, and alice's session has it")
 	}
 
-	// After a restart the address is still hers, although it was held by her certificate only.
+	// After a restart the address is still hers, although it was held by one of her devices only.
 	for _, s := range b.store.List() {
-		b.gate.pool.Hold(s.Address, s.Certificate)
+		b.gate.pool.Hold(s.Address, owner(s.User, s.Device))
 	}
 	b.gate.Reserve(map[netip.Addr]string{own: "alice"})
 	if got := post(alice); got != own {

@@ -241,13 +241,13 @@ func (t *Tunnel) Handshake(ctx context.Context, key session.Key, message []byte,
 // Initiations read in a second; a session makes one in two minutes. It bounds what somebody with a window costs the reader
 // of the socket.
 const (
-	readRate  = 500
-	readBurst = 1000
+	readRate  = 2000
+	readBurst = 4000
 )
 
 // heed reads an initiation before the device gets it, and notes its stamp. A device knows no stamps of before its start: a
-// handshake that was recorded then would move a session's endpoint to who replays it. False: such a replay. What is not
-// read, since too many come, passes where there is nothing to compare it with.
+// handshake that was recorded then would move a session's endpoint to who replays it; so would one of an earlier session of
+// the same key, which the store forgets in time. False: such a replay. What is not read, since too many come, passes where there is nothing to compare it with.
 func (t *Tunnel) heed(message []byte) bool {
 	if !t.reading.Allow() {
 		t.mu.Lock()
@@ -268,7 +268,7 @@ func (t *Tunnel) heed(message []byte) bool {
 	if !ok {
 		return true
 	}
-	if bytes.Compare(stamp[:], p.barred[:]) <= 0 {
+	if bytes.Compare(stamp[:], p.barred[:]) <= 0 || time.Since(madeAt(stamp)) >= session.InitiationAge {
 		return false
 	}
 	if bytes.Compare(stamp[:], p.stamp[:]) > 0 {

@@ -28,8 +28,9 @@ func Run(t *testing.T, medium Medium) {
 	}{
 		{"PutIsSeenByEveryReader", putIsSeen},
 		{"EndLeavesNothing", endLeavesNothing},
-		{"KeyOfAnotherCertificateIsRefusedForEver", keyBound},
-		{"KeyOfAnEndedSessionIsRefusedForEver", keyUsed},
+		{"KeyOfAnotherCertificateIsRefused", keyBound},
+		{"KeyOfAnEndedSessionIsRefused", keyUsed},
+		{"KeyOfALongEndedSessionIsForgottenAndNoOther", keyForgotten},
 		{"KeyOfALiveSessionIsRefused", keyLive},
 		{"AddressOfALiveSessionIsRefused", addressTaken},
 		{"RefusedPutChangesNothing", refusedPut},
@@ -38,6 +39,8 @@ func Run(t *testing.T, medium Medium) {
 		{"WatchReplaysLiveSessionsThenEveryChangeInOrder", watch},
 		{"WatcherSeesTheStoreAfterTheChange", watcherReads},
 		{"ExpireEndsWhatIsDueAndNamesTheNext", expire},
+		{"ClockThatWasSetBackLengthensNoLife", clockBack},
+		{"ReleasedAddressesKeepTheirLastHolderAndTheirTime", released},
 		{"ConcurrentUseKeepsOneHolderOfAnAddress", concurrent},
 	}
 	for _, test := range tests {
@@ -58,6 +61,7 @@ func sample(n, c byte) session.Session {
 		Outer:       netip.MustParseAddr("2001:db8::1"),
 		Created:     start.Add(time.Duration(n) * time.Second),
 		Expires:     start.Add(time.Hour),
+		KeyExchange: "X25519MLKEM768",
 		PostQuantum: true,
 	}
 	s.PublicKey[0], s.PublicKey[31], s.PresharedKey[5], s.Certificate[0] = n, 7, n, c
@@ -90,6 +94,29 @@ func wantList(t *testing.T, st session.Store, want ...session.Session) {
 		}
 		if s, ok := st.ByAddress(want[i].Address); !ok || s.ID != want[i].ID {
 			t.Fatalf("ByAddress(%v) = %v, %v", want[i].Address, s.ID, ok)
+		}
+		var of []session.Session
+		for _, s := range want {
+			if s.Certificate == want[i].Certificate {
+				of = append(of, s)
+			}
+		}
+		slices.SortFunc(of, func(a, b session.Session) int { return a.Created.Compare(b.Created) })
+		if got := st.Of(want[i].Certificate); !reflect.DeepEqual(got, of) {
+			t.Fatalf("Of(%x) = %+v, want %+v", want[i].Certificate[0], got, of)
+		}
+	}
+	if st.Len() != len(want) {
+		t.Fatalf("Len is %d, want %d", st.Len(), len(want))
+	}
+}
+
+// eventually is for what the passing of time alone brings.
+func eventually(t *testing.T, what string, holds func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !holds(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("never: ", what)
 		}
 	}
 }
@@ -152,6 +179,96 @@ func keyUsed(t *testing.T, open func(time.Time) session.Store) {
 	wantErr(t, "End", st.End(a.ID, session.Deleted), nil)
 	wantErr(t, "after its end", st.Put(again), session.ErrKeyUsed)
 	wantErr(t, "after reopening", open(start).Put(again), session.ErrKeyUsed)
+}
+
+// forget has a store look at its keys often enough for all of them, at a time.
+func forget(st session.Store, now time.Time) {
+	for range 10 {
+		st.Expire(now)
+	}
+}
+
+func keyForgotten(t *testing.T, open func(time.Time) session.Store) {
+	st := open(start)
+	ended, live := sample(1, 1), sample(2, 2)
+	live.Expires = start.Add(3 * session.KeyMemory)
+	put(t, st, ended, live)
+	wantErr(t, "End", st.End(ended.ID, session.Deleted), nil)
+	of := func(s session.Session) session.Session {
+		next := sample(3, 3)
+		next.PublicKey = s.PublicKey
+		next.Created, next.Expires = start.Add(session.KeyMemory), live.Expires
+		return next
+	}
+	early := start.Add(session.KeyMemory - time.Hour)
+	st = open(early)
+	forget(st, early)
+	wantErr(t, "an hour before", st.Put(of(ended)), session.ErrKeyBound)
+	late := start.Add(session.KeyMemory + time.Hour)
+	st = open(late)
+	forget(st, late)
+	wantErr(t, "of the live session", st.Put(of(live)), session.ErrKeyBound)
+	wantErr(t, "an hour after", st.Put(of(ended)), nil)
+}
+
+func clockBack(t *testing.T, open func(time.Time) session.Store) {
+	st := open(start)
+	a, b := sample(1, 1), sample(2, 2)
+	a.Created, a.Expires = start, start.Add(200*time.Millisecond)
+	b.Created = start
+	put(t, st, a, b)
+	yesterday := start.Add(-24 * time.Hour)
+	eventually(t, "a running store ends what has lived its time", func() bool {
+		st.Expire(yesterday)
+		_, live := st.Get(a.ID)
+		return !live
+	})
+	wantList(t, st, b)
+	c := sample(3, 3)
+	c.Created, c.Expires = start, start.Add(200*time.Millisecond)
+	put(t, st, c)
+	eventually(t, "a store that is opened again ends it too", func() bool { return open(yesterday).Len() == 1 })
+	wantList(t, open(yesterday), b)
+}
+
+func released(t *testing.T, open func(time.Time) session.Store) {
+	want := func(st session.Store, order ...session.Session) (ago []time.Duration) {
+		t.Helper()
+		got, err := st.Released()
+		wantErr(t, "Released", err, nil)
+		if len(got) != len(order) {
+			t.Fatalf("%d addresses, want %d: %+v", len(got), len(order), got)
+		}
+		for i, r := range got {
+			if r.Address != order[i].Address || r.User != order[i].User || r.Device != order[i].Device || r.Ago < 0 || r.Ago > time.Hour {
+				t.Fatalf("address %d is %+v, want that of %s's", i, r, order[i].User)
+			}
+			ago = append(ago, r.Ago)
+		}
+		return ago
+	}
+	st := open(start)
+	a, b, c := sample(1, 1), sample(2, 2), sample(3, 3)
+	put(t, st, a, b, c)
+	want(st)
+	wantErr(t, "End", st.End(b.ID, session.Kicked), nil)
+	wantErr(t, "End", st.End(a.ID, session.Deleted), nil)
+	before := want(st, b, a)
+	// Neither a restart nor a clock that was set makes it longer ago than it is.
+	for _, jump := range []time.Duration{0, 24 * time.Hour, -24 * time.Hour} {
+		st = open(start.Add(min(jump, 30*time.Minute)))
+		if after := want(st, b, a); after[0] < before[0] {
+			t.Fatalf("%v ago, and before that %v", after[0], before[0])
+		}
+	}
+	again := sample(4, 4)
+	again.Address = b.Address
+	put(t, st, again)
+	want(st, a)
+	wantErr(t, "End", st.End(again.ID, session.Kicked), nil)
+	want(st, a, again)
+	// What expires while nobody looks rests from when it is found.
+	want(open(c.Expires), a, again, c)
 }
 
 func keyLive(t *testing.T, open func(time.Time) session.Store) {
@@ -341,6 +458,13 @@ func concurrent(t *testing.T, open func(time.Time) session.Store) {
 					}
 				}
 				st.Expire(start)
+				seen := map[session.ID]session.Seen{}
+				for _, held := range st.List() {
+					seen[held.ID] = session.Seen{Handshake: start}
+				}
+				if err := st.Note(seen); err != nil {
+					t.Errorf("Note: %v", err)
+				}
 			}
 		})
 	}
