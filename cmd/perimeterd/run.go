@@ -172,7 +172,9 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	api.Count(metrics.GateRequest)
 	api.Track(forward.Connections)
 	api.Watch(trail.refusal)
-	forward.Watch(func(a proxy.Access) { metrics.Access(a); trail.access(a) })
+	forward.Watch(metrics.Access)
+	forward.Watch(trail.access)
+	forward.WatchTraffic(metrics.Traffic)
 	if err := metrics.Ask(console.Sources{Sets: door, Owned: door.Owned, Pending: tunnel.Pending, Connections: forward.Live}); err != nil {
 		return err
 	}
