@@ -205,6 +205,12 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 		log.Warn("clients of an earlier run are not told that their connections are gone", "err", err)
 	}
 
+	page := &console.Page{At: cfg.Gate.Console, Proxy: cfg.Proxy.Listen, Sessions: store, Policy: forward.Policy, Log: log}
+	pageListener, err := page.Listen(ctx)
+	if err != nil {
+		return err
+	}
+
 	changes := &changes{log: log, meta: meta, door: access, good: cfg, tell: trail.configuration, rest: func(c *configs.Config) error { return forward.Reload(c.Proxy) }}
 	operations := &control.Operations{Users: users, Sessions: store, Now: time.Now, Log: log,
 		UserChanged: func(name string) error {
@@ -254,6 +260,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	g.Go(func() error { return tunnel.Run(ctx, store.Note) })
 	g.Go(func() error { return api.Run(ctx, gates...) })
 	g.Go(func() error { return forward.Run(ctx, inner) })
+	g.Go(func() error { return page.Run(ctx, pageListener) })
 	g.Go(func() error { return expire(ctx, store) })
 	g.Go(func() error { return followAuthority(ctx, store, verifier, log) })
 	g.Go(func() error {
