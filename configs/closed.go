@@ -15,7 +15,6 @@ func (p *parser) refuseMissing() {
 		{"tunnel.backend", r.Tunnel.Backend, r.Tunnel.Backend == "userspace", `write "userspace"`},
 		{"session.status_file", r.Session.StatusFile, r.Session.StatusFile == "", "leave it empty and ask `perimeterd sessions`"},
 		{"store.etcd", r.Store.Etcd, len(r.Store.Etcd) == 0, "leave it empty: the state stays on this host"},
-		{"log.squid_access_log", r.Log.SquidAccessLog, r.Log.SquidAccessLog == "", "leave it empty: the log has every request"},
 	} {
 		if c.closed {
 			continue

@@ -189,7 +189,6 @@ metrics = ":9617"
 [store]
 etcd = ["http://127.0.0.1:2379"]
 [log]
-squid_access_log = "/var/log/squid.log"
 audit_keep = "10h"
 `,
 			f + ":4: tunnel.backend \"kernel\": not in this version: write \"userspace\"\n" +
@@ -198,8 +197,7 @@ audit_keep = "10h"
 				f + ":9: proxy.bandwidth \"1Mbit/s\": want a number and a unit, 64kbit to 1000Gbit, as in \"200Mbit\", or \"\" for no limit\n" +
 				f + ":11: console.metrics \":9617\": want HOST:PORT, as in 127.0.0.1:9617; it asks for no password, so keep it where only Prometheus can reach it\n" +
 				f + ":13: store.etcd [\"http://127.0.0.1:2379\"]: not in this version: leave it empty: the state stays on this host\n" +
-				f + ":15: log.squid_access_log \"/var/log/squid.log\": not in this version: leave it empty: the log has every request\n" +
-				f + ":16: log.audit_keep \"10h\": want 1d to 36500d"},
+				f + ":15: log.audit_keep \"10h\": want 1d to 36500d"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {

@@ -246,6 +246,9 @@ func (p *parser) config() *Config {
 	}
 	p.oneOf("log.format", r.Log.Format, "json", "text")
 	c.Log.Format = r.Log.Format
+	if c.Log.SquidAccessLog = r.Log.SquidAccessLog; c.Log.SquidAccessLog != "" && !filepath.IsAbs(c.Log.SquidAccessLog) {
+		c.Log.SquidAccessLog = filepath.Join(c.StateDir, c.Log.SquidAccessLog)
+	}
 	c.Log.AuditKeep = p.duration("log.audit_keep", r.Log.AuditKeep, 24*time.Hour, 36500*24*time.Hour)
 	return c
 }

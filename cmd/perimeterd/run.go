@@ -175,6 +175,14 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	forward.Watch(metrics.Access)
 	forward.Watch(trail.access)
 	forward.WatchTraffic(metrics.Traffic)
+	var squid *proxy.SquidLog
+	if path := cfg.Log.SquidAccessLog; path != "" {
+		if squid, err = proxy.OpenSquidLog(path, log); err != nil {
+			return err
+		}
+		defer squid.Close()
+		forward.Watch(squid.Access)
+	}
 	if err := metrics.Ask(console.Sources{Sets: door, Owned: door.Owned, Pending: tunnel.Pending, Connections: forward.Live}); err != nil {
 		return err
 	}
@@ -261,6 +269,9 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	g.Go(func() error { return api.Run(ctx, gates...) })
 	g.Go(func() error { return forward.Run(ctx, inner) })
 	g.Go(func() error { return page.Run(ctx, pageListener) })
+	if squid != nil {
+		g.Go(func() error { return reopenSquidLog(ctx, squid, log) })
+	}
 	g.Go(func() error { return expire(ctx, store) })
 	g.Go(func() error { return followAuthority(ctx, store, verifier, log) })
 	g.Go(func() error {
