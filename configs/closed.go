@@ -13,9 +13,7 @@ func (p *parser) refuseMissing() {
 		way    string // out
 	}{
 		{"tunnel.backend", r.Tunnel.Backend, r.Tunnel.Backend == "userspace", `write "userspace"`},
-		{"proxy.per_user_bandwidth", r.Proxy.PerUserBandwidth, r.Proxy.PerUserBandwidth == "", "leave it empty"},
 		{"store.etcd", r.Store.Etcd, len(r.Store.Etcd) == 0, "leave it empty: the state stays on this host"},
-		{"log.squid_access_log", r.Log.SquidAccessLog, r.Log.SquidAccessLog == "", "leave it empty: the log has every request"},
 	} {
 		if c.closed {
 			continue

@@ -77,9 +77,10 @@ type Console struct {
 
 // Log is how the daemon logs.
 type Log struct {
-	Level     slog.Level
-	Format    string        // json or text
-	AuditKeep time.Duration // how long the audit's records stay
+	Level          slog.Level
+	Format         string        // json or text
+	SquidAccessLog string        // a path; empty: none
+	AuditKeep      time.Duration // how long the audit's records stay
 }
 
 // Load reads and checks a file. Its errors are *Error.

@@ -190,21 +190,21 @@ backend = "kernel"
 [session]
 status_file = "state.db"
 [proxy]
-per_user_bandwidth = "200Mbit"
+per_user_bandwidth = "200mbit"
+bandwidth = "1Mbit/s"
 [console]
 metrics = ":9617"
 [store]
 etcd = ["http://127.0.0.1:2379"]
 [log]
-squid_access_log = "/var/log/squid.log"
 audit_keep = "10h"
 `,
 			f + ":4: tunnel.backend \"kernel\": not in this version: write \"userspace\"\n" +
 				f + ":6: session.status_file \"state.db\": want a file of its own, as in \"openvpn-status.log\"\n" +
-				f + ":8: proxy.per_user_bandwidth \"200Mbit\": not in this version: leave it empty\n" +
-				f + ":10: console.metrics \":9617\": want HOST:PORT, as in 127.0.0.1:9617; it asks for no password, so keep it where only Prometheus can reach it\n" +
-				f + ":12: store.etcd [\"http://127.0.0.1:2379\"]: not in this version: leave it empty: the state stays on this host\n" +
-				f + ":14: log.squid_access_log \"/var/log/squid.log\": not in this version: leave it empty: the log has every request\n" +
+				f + ":8: proxy.per_user_bandwidth \"200mbit\": want a number and a unit, 64kbit to 1000Gbit, as in \"200Mbit\", or \"\" for no limit\n" +
+				f + ":9: proxy.bandwidth \"1Mbit/s\": want a number and a unit, 64kbit to 1000Gbit, as in \"200Mbit\", or \"\" for no limit\n" +
+				f + ":11: console.metrics \":9617\": want HOST:PORT, as in 127.0.0.1:9617; it asks for no password, so keep it where only Prometheus can reach it\n" +
+				f + ":13: store.etcd [\"http://127.0.0.1:2379\"]: not in this version: leave it empty: the state stays on this host\n" +
 				f + ":15: log.audit_keep \"10h\": want 1d to 36500d"},
 	}
 	for _, test := range tests {

@@ -232,6 +232,8 @@ func (p *parser) config() *Config {
 		Idle:               p.duration("proxy.idle", r.Proxy.Idle, time.Second, 30*24*time.Hour),
 		Lifetime:           p.duration("proxy.lifetime", r.Proxy.Lifetime, time.Minute, 30*24*time.Hour),
 		Connections:        p.number("proxy.connections", r.Proxy.Connections, 1, 1<<20),
+		Bandwidth:          p.rate("proxy.bandwidth", r.Proxy.Bandwidth),
+		PerUserBandwidth:   p.rate("proxy.per_user_bandwidth", r.Proxy.PerUserBandwidth),
 		PerUserConnections: p.number("proxy.per_user_connections", r.Proxy.PerUserConnections, 1, 1<<20),
 	}
 	for _, public := range c.Egress.Public {
@@ -253,6 +255,9 @@ func (p *parser) config() *Config {
 	}
 	p.oneOf("log.format", r.Log.Format, "json", "text")
 	c.Log.Format = r.Log.Format
+	if c.Log.SquidAccessLog = r.Log.SquidAccessLog; c.Log.SquidAccessLog != "" && !filepath.IsAbs(c.Log.SquidAccessLog) {
+		c.Log.SquidAccessLog = filepath.Join(c.StateDir, c.Log.SquidAccessLog)
+	}
 	c.Log.AuditKeep = p.duration("log.audit_keep", r.Log.AuditKeep, 24*time.Hour, 36500*24*time.Hour)
 	return c
 }

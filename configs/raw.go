@@ -87,6 +87,7 @@ type rawProxy struct {
 	Lifetime           string    `toml:"lifetime"`
 	Connections        int64     `toml:"connections"`
 	PerUserConnections int64     `toml:"per_user_connections"`
+	Bandwidth          string    `toml:"bandwidth"`
 	PerUserBandwidth   string    `toml:"per_user_bandwidth"`
 	Rule               []rawRule `toml:"rule"`
 }

@@ -132,9 +132,12 @@ func compileRule(n int, r Rule, regions []string) (c rule, errs []error) {
 
 // concerns reports whether the rule is about this user and port.
 func (r *rule) concerns(q Request) bool {
-	return (r.anyPort || slices.Contains(r.ports, q.Destination.Port)) &&
-		(r.everyone || slices.Contains(r.users, q.User) ||
-			slices.ContainsFunc(q.Groups, func(g string) bool { return slices.Contains(r.groups, g) }))
+	return (r.anyPort || slices.Contains(r.ports, q.Destination.Port)) && r.isFor(q.User, q.Groups)
+}
+
+func (r *rule) isFor(user string, groups []string) bool {
+	return r.everyone || slices.Contains(r.users, user) ||
+		slices.ContainsFunc(groups, func(g string) bool { return slices.Contains(r.groups, g) })
 }
 
 // Decide says whether q may go on: first what is never allowed, then the denials, then the allowances in their order. A name

@@ -82,9 +82,9 @@ func cpu() time.Duration {
 func quietLab(b testing.TB) *lab {
 	cfg := openConfig()
 	cfg.Connections, cfg.PerUserConnections = 1<<20, 1<<20
-	l := startLab(b, cfg)
+	l := newLab(b, cfg)
 	l.Server.log = slog.New(slog.NewJSONHandler(io.Discard, nil))
-	l.Server.watch.Store(nil)
+	l.run()
 	return l
 }
 

@@ -42,6 +42,8 @@ type Config struct {
 	Lifetime           time.Duration
 	Connections        int // of all users together
 	PerUserConnections int
+	Bandwidth          uint64 // of all users together, bits a second each way; 0 is no limit
+	PerUserBandwidth   uint64
 }
 
 // limits checks what Compile does not look at.

@@ -57,7 +57,8 @@ func (s *Server) connect(l *link, h head, src *source) {
 		return
 	}
 	t.finish = func(t *tunnel) {
-		a.Up, a.Down, a.End = t.up.Load(), t.down.Load(), l.why()
+		a.Up, a.Down, a.End = t.up.moved.Load(), t.down.moved.Load(), l.why()
+		s.account(t)
 		s.done(a)
 		s.links.remove(l)
 	}
@@ -92,15 +93,17 @@ func (s *Server) open(l *link, h head, a *Access) (*tunnel, error) {
 		a.Decision.Observed, a.Decision.Reason, a.Decision.Rule = true, verdict.Reason, verdict.Rule
 	}
 	a.Dialed = remote(server)
-	if !l.attach(server) {
+	t := newTunnel(l, server)
+	if !l.attach(t) {
 		return nil, &refusal{reason: l.why()}
 	}
+	s.first(st, l)
 	// A reload during the dial did not know the address yet.
 	if now := s.state.Load(); now != st && !now.policy.DecideAddress(q, a.Dialed.Addr()).Allow {
 		l.end(PolicyChanged)
 		return nil, &refusal{reason: PolicyChanged}
 	}
-	return &tunnel{link: l, server: server}, nil
+	return t, nil
 }
 
 // checkHello reads until the ClientHello is whole, and compares its name. All that was read stays in src, to be relayed.

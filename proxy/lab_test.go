@@ -194,20 +194,20 @@ type lab struct {
 	alice  session.Session // 10.77.0.2, group operators
 	stop   func()
 	mu     sync.Mutex
-	log    bytes.Buffer
+	text   bytes.Buffer
 	seen   chan Access
 }
 
 func (l *lab) Write(b []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.log.Write(b)
+	return l.text.Write(b)
 }
 
 func (l *lab) logged() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.log.String()
+	return l.text.String()
 }
 
 // zone is what the lab's name server knows. Each question for a name takes the next answer, the last stays.
@@ -291,6 +291,20 @@ func allPorts() (all []uint16) {
 
 func startLab(t testing.TB, cfg Config) *lab {
 	t.Helper()
+	l := newLab(t, cfg)
+	l.Watch(func(a Access) {
+		select {
+		case l.seen <- a:
+		default:
+		}
+	})
+	l.run()
+	return l
+}
+
+// newLab makes a proxy that does not run yet.
+func newLab(t testing.TB, cfg Config) *lab {
+	t.Helper()
 	l := &lab{t: t, people: &people{by: map[netip.Addr]session.Session{}}, seen: make(chan Access, 10000)}
 	l.alice = l.people.put("10.77.0.2", "alice", "operators")
 	l.people.put("10.77.0.3", "bob", "readers")
@@ -299,13 +313,13 @@ func startLab(t testing.TB, cfg Config) *lab {
 		t.Fatal(err)
 	}
 	l.Server = s
-	s.Watch(func(a Access) {
-		select {
-		case l.seen <- a:
-		default:
-		}
-	})
 	s.dialer.names.dial = startNames(t)
+	return l
+}
+
+func (l *lab) run() {
+	l.t.Helper()
+	t := l.t
 	ln, err := Listen(context.Background(), netip.MustParseAddrPort(bastion+":0"))
 	if err != nil {
 		t.Fatal(err)
@@ -313,7 +327,7 @@ func startLab(t testing.TB, cfg Config) *lab {
 	l.addr = ln.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- s.Run(ctx, ln) }()
+	go func() { done <- l.Run(ctx, ln) }()
 	l.stop = sync.OnceFunc(func() {
 		cancel()
 		select {
@@ -326,7 +340,6 @@ func startLab(t testing.TB, cfg Config) *lab {
 		}
 	})
 	t.Cleanup(l.stop)
-	return l
 }
 
 // from dials the proxy from a tunnel address.

@@ -80,11 +80,30 @@ func (s *Server) done(a *Access) {
 		attrs = append(attrs, slog.String("detail", a.Detail))
 	}
 	s.log.LogAttrs(context.Background(), slog.LevelInfo, "proxy", attrs...)
-	if watch := s.watch.Load(); watch != nil {
-		(*watch)(*a)
+	for _, watch := range s.watchers {
+		watch(*a)
 	}
 }
 
-// Watch calls fn with every request after its line has been logged, from the request's goroutine: fn must be quick. There
-// is one watcher; a second replaces the first.
-func (s *Server) Watch(fn func(Access)) { s.watch.Store(&fn) }
+// Watch has fn called with every request after its line has been logged, from the request's goroutine: fn must be quick. It
+// is for the time before Run.
+func (s *Server) Watch(fn func(Access)) { s.watchers = append(s.watchers, fn) }
+
+// WatchTraffic has fn told what a user's connections have moved, in bytes, while they last and at their end. It is for the
+// time before Run.
+func (s *Server) WatchTraffic(fn func(user string, up, down int64)) {
+	s.traffic = append(s.traffic, fn)
+}
+
+// account tells what the tunnel has moved since it was last told.
+func (s *Server) account(t *tunnel) {
+	t.link.mu.Lock()
+	up, down := t.up.untold(), t.down.untold()
+	t.link.mu.Unlock()
+	if up == 0 && down == 0 {
+		return
+	}
+	for _, tell := range s.traffic {
+		tell(t.link.who.user, up, down)
+	}
+}

@@ -149,7 +149,7 @@ func (p *plain) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	x := &exchange{access: a, json: h.json, last: last}
-	x.conn.Store(&countedConn{Conn: t.server, up: &t.up, down: &t.down})
+	x.conn.Store(&countedConn{Conn: t.server, up: &t.up.moved, down: &t.down.moved})
 	defer func() {
 		if r.Context().Err() != nil {
 			l.end(ClientReset)
@@ -161,7 +161,8 @@ func (p *plain) serve(w http.ResponseWriter, r *http.Request) {
 			// Goproxy leaves the client's side open.
 			l.close()
 		}
-		a.Up, a.Down, a.End = t.up.Load(), t.down.Load(), l.why()
+		a.Up, a.Down, a.End = t.up.moved.Load(), t.down.moved.Load(), l.why()
+		s.account(t)
 		s.done(a)
 		if x.bare {
 			s.links.remove(l)

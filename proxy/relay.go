@@ -130,10 +130,25 @@ func (s *source) ends() error {
 // errWrite marks an error of the receiving side.
 type errWrite struct{ error }
 
-// pump copies from src to dst until the end of the stream, and hands the end on. Moved counts the bytes that dst's socket
-// has taken.
-func pump(dst *net.TCPConn, src *source, moved *atomic.Int64) error {
+// flow is one direction of a tunnel.
+type flow struct {
+	to       *net.TCPConn
+	moved    atomic.Int64 // bytes that its socket has taken; in a splice they are counted piece by piece
+	splicing atomic.Bool
+	told     int64 // of moved, to who counts it; the link's lock's
+	pace     pace
+}
+
+func (f *flow) untold() int64 {
+	n := f.moved.Load() - f.told
+	f.told += n
+	return n
+}
+
+// pump copies from src until the end of the stream, and hands the end on.
+func (f *flow) pump(src *source) error {
 	defer src.release()
+	dst := f.to
 	full := 0
 	for {
 		if err := src.wait(); err == io.EOF {
@@ -145,7 +160,7 @@ func pump(dst *net.TCPConn, src *source, moved *atomic.Int64) error {
 			return err
 		}
 		n, err := dst.Write(src.bytes())
-		moved.Add(int64(n))
+		f.moved.Add(int64(n))
 		full++
 		if src.n < bufferSize {
 			full = 0
@@ -160,8 +175,10 @@ func pump(dst *net.TCPConn, src *source, moved *atomic.Int64) error {
 		if err := src.conn.SetReadDeadline(time.Now().Add(splicePatience)); err != nil {
 			return err
 		}
+		f.splicing.Store(true)
 		w, err := dst.ReadFrom(&io.LimitedReader{R: src.conn, N: splicePiece})
-		moved.Add(w)
+		f.moved.Add(w)
+		f.splicing.Store(false)
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			// The deadline is met only where the pipe is empty, so nothing is lost.
 			if err = nil; w < spliceWorth {
@@ -183,21 +200,30 @@ func pump(dst *net.TCPConn, src *source, moved *atomic.Int64) error {
 type tunnel struct {
 	link     *link
 	server   *net.TCPConn
-	up, down atomic.Int64
+	up, down flow
 	ended    atomic.Int32 // streams that have come to their end
 	left     atomic.Int32 // directions that still run
 	finish   func(*tunnel)
 }
 
+func newTunnel(l *link, server *net.TCPConn) *tunnel {
+	t := &tunnel{link: l, server: server}
+	t.up.to, t.down.to = server, l.client
+	return t
+}
+
+func (t *tunnel) upward() *flow   { return &t.up }
+func (t *tunnel) downward() *flow { return &t.down }
+
 // start relays in two goroutines of their own, whose stacks stay small. Whichever is last calls finish.
 func (t *tunnel) start(fromClient, fromServer *source) {
 	t.left.Store(2)
-	go t.run(t.server, fromClient, &t.up, ClientReset, ServerReset)
-	go t.run(t.link.client, fromServer, &t.down, ServerReset, ClientReset)
+	go t.run(&t.up, fromClient, ClientReset, ServerReset)
+	go t.run(&t.down, fromServer, ServerReset, ClientReset)
 }
 
-func (t *tunnel) run(dst *net.TCPConn, src *source, moved *atomic.Int64, readFailed, writeFailed Reason) {
-	err := pump(dst, src, moved)
+func (t *tunnel) run(f *flow, src *source, readFailed, writeFailed Reason) {
+	err := f.pump(src)
 	if err == nil {
 		if t.ended.Add(1) == 2 {
 			t.link.close()

@@ -35,7 +35,8 @@ type Sessions interface {
 type Server struct {
 	sessions Sessions
 	log      *slog.Logger
-	watch    atomic.Pointer[func(Access)]
+	watchers []func(Access)
+	traffic  []func(user string, up, down int64)
 	state    atomic.Pointer[state]
 	reload   sync.Mutex
 	dialer   *dialer
@@ -92,6 +93,7 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	s.checkFiles()
 	var tasks sync.WaitGroup
 	tasks.Go(func() { s.sweep(ctx) })
+	tasks.Go(func() { s.pace(ctx) })
 	tasks.Go(s.plain.run)
 	err := s.accept(ctx, l)
 	cancel()
@@ -283,21 +285,24 @@ func (s *Server) Reload(cfg Config) error {
 	return nil
 }
 
-// sweep ends what has been silent, or has lived, for too long.
+// sweep ends what has been silent, or has lived, for too long, and counts what has moved.
 func (s *Server) sweep(ctx context.Context) {
 	for {
 		st := s.state.Load()
-		// Often enough that a limit is exceeded by an eighth, and by half a minute at most.
+		// Often enough that a limit is exceeded by an eighth, and by five seconds at most.
 		pause := min(st.Idle, st.Lifetime) / 8
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(max(min(pause, 30*time.Second), 10*time.Millisecond)):
+		case <-time.After(max(min(pause, 5*time.Second), 10*time.Millisecond)):
 		}
 		now := time.Now()
 		for _, l := range s.links.all() {
 			if why := l.stale(now, st.Idle, st.Lifetime); why != "" {
 				l.end(why)
+			}
+			if t := l.now(); t != nil {
+				s.account(t)
 			}
 		}
 	}

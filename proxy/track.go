@@ -23,7 +23,8 @@ type link struct {
 
 	mu      sync.Mutex
 	cancel  context.CancelFunc // of the dial under way
-	server  *net.TCPConn
+	tunnel  *tunnel
+	paced   uint64   // the rate that client was told by the tunnel before
 	current *Request // being served
 	dialed  netip.Addr
 	tls     bool // the tunnel has opened as its rule wants it, or will have to
@@ -89,14 +90,14 @@ func (l *link) dialing() (ctx context.Context, done func()) {
 }
 
 // attach ties the server's connection to the link. It reports false, and resets it, when the link has ended.
-func (l *link) attach(server *net.TCPConn) bool {
+func (l *link) attach(t *tunnel) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.ended != "" {
-		reset(server)
+		reset(t.server)
 		return false
 	}
-	l.server, l.dialed = server, remote(server).Addr()
+	l.tunnel, l.dialed, t.down.pace.rate = t, remote(t.server).Addr(), l.paced
 	return true
 }
 
@@ -104,10 +105,11 @@ func (l *link) attach(server *net.TCPConn) bool {
 func (l *link) detach() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.server != nil {
-		finish(l.server)
+	if l.tunnel != nil {
+		finish(l.tunnel.server)
+		l.paced = l.tunnel.down.pace.rate
 	}
-	l.server, l.current = nil, nil
+	l.tunnel, l.current = nil, nil
 }
 
 // end resets both sides. The first reason stays.
@@ -121,8 +123,8 @@ func (l *link) end(why Reason) {
 		l.cancel()
 	}
 	reset(l.client)
-	if l.server != nil {
-		reset(l.server)
+	if l.tunnel != nil {
+		reset(l.tunnel.server)
 	}
 }
 
@@ -135,8 +137,8 @@ func (l *link) close() {
 	}
 	l.ended = Closed
 	finish(l.client)
-	if l.server != nil {
-		finish(l.server)
+	if l.tunnel != nil {
+		finish(l.tunnel.server)
 	}
 }
 
@@ -146,27 +148,24 @@ func (l *link) why() Reason {
 	return l.ended
 }
 
+// now is the tunnel that the link has at the moment, or nil.
+func (l *link) now() *tunnel {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.tunnel
+}
+
 // stale says why the link must end now: it has lived, or been silent, for too long.
 func (l *link) stale(now time.Time, idle, lifetime time.Duration) Reason {
 	if now.Sub(l.began) >= lifetime {
 		return Lifetime
 	}
-	l.mu.Lock()
-	busy := l.server != nil
-	l.mu.Unlock()
-	if !busy { // reading a head and dialing have deadlines of their own
+	if l.now() == nil { // reading a head and dialing have deadlines of their own
 		return ""
 	}
-	raw, err := l.client.SyscallConn()
-	if err != nil {
-		return ""
-	}
-	var info *unix.TCPInfo
 	// The kernel's own clock of data to and from the client sees spliced bytes too.
-	if cerr := raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }); cerr != nil || err != nil {
-		return ""
-	}
-	if silent := time.Duration(min(info.Last_data_sent, info.Last_data_recv)) * time.Millisecond; silent >= idle {
+	info := tcpInfo(l.client)
+	if info != nil && time.Duration(min(info.Last_data_sent, info.Last_data_recv))*time.Millisecond >= idle {
 		return Idle
 	}
 	return ""
@@ -180,6 +179,19 @@ func cutWithUs(c *net.TCPConn) { c.SetLinger(0) }
 func finish(c *net.TCPConn) {
 	c.SetLinger(-1)
 	c.Close()
+}
+
+// tcpInfo is nil for a connection that is closed.
+func tcpInfo(c *net.TCPConn) (info *unix.TCPInfo) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil
+	}
+	raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) })
+	if err != nil {
+		return nil
+	}
+	return info
 }
 
 // reset closes c with RST and drops what is queued: nobody may take what they have received for whole.
@@ -251,6 +263,13 @@ func (r *registry) settleLocked() {
 	if r.closed != "" && len(r.sessions) == 0 {
 		r.once.Do(func() { close(r.empty) })
 	}
+}
+
+// counts is how many links the user has, and all users.
+func (r *registry) counts(user string) (ofUser, all int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return max(r.users[user], 1), max(r.live, 1)
 }
 
 // of lists the links of a session.

@@ -18,6 +18,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -67,6 +68,37 @@ func TestHalfCloseIsKeptBothWays(t *testing.T) {
 	if s := <-got; s != "afterwards" {
 		t.Errorf("the server got %q", s)
 	}
+}
+
+// A long tunnel is counted while it lasts, and to the byte at its end.
+func TestTrafficIsToldWhileItMoves(t *testing.T) {
+	cfg := openConfig()
+	cfg.Idle = 10 * time.Second // and looked at every second
+	l := newLab(t, cfg)
+	var up, down atomic.Int64
+	l.WatchTraffic(func(user string, u, d int64) {
+		if up.Add(u); user != "alice" || u < 0 || d < 0 {
+			t.Errorf("%s: %d up, %d down", user, u, d)
+		}
+		down.Add(d)
+	})
+	l.run()
+	at := serveOutside(t, outsideHost+":0", func(c *net.TCPConn) { io.Copy(c, c) })
+	c := l.tunnel("10.77.0.2", at.String())
+	for n := int64(1); n <= 2; n++ {
+		io.WriteString(c, "hello")
+		if _, err := io.ReadFull(c, make([]byte, 5)); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "what has moved so far is told", func() bool { return up.Load() == 5*n && down.Load() == 5*n })
+	}
+	if l.Live() != 1 {
+		t.Error("it was told at the end only")
+	}
+	io.WriteString(c, "!")
+	c.CloseWrite()
+	io.Copy(io.Discard, c)
+	eventually(t, "the rest is told", func() bool { return up.Load() == 11 && down.Load() == 11 })
 }
 
 func TestAResetIsNeverTurnedIntoAnEnd(t *testing.T) {

@@ -175,7 +175,17 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	api.Count(metrics.GateRequest)
 	api.Track(forward.Connections)
 	api.Watch(trail.refusal)
-	forward.Watch(func(a proxy.Access) { metrics.Access(a); trail.access(a) })
+	forward.Watch(metrics.Access)
+	forward.Watch(trail.access)
+	forward.WatchTraffic(metrics.Traffic)
+	var squid *proxy.SquidLog
+	if path := cfg.Log.SquidAccessLog; path != "" {
+		if squid, err = proxy.OpenSquidLog(path, log); err != nil {
+			return err
+		}
+		defer squid.Close()
+		forward.Watch(squid.Access)
+	}
 	if err := metrics.Ask(console.Sources{Sets: door, Owned: door.Owned, Pending: tunnel.Pending, Connections: forward.Live, AuditLost: trail.Lost}); err != nil {
 		return err
 	}
@@ -204,6 +214,12 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	orphans, err := door.Connections(cfg.Proxy.Listen)
 	if err := errors.Join(err, proxy.CutOrphans(cfg.Proxy.Listen, orphans)); err != nil {
 		log.Warn("clients of an earlier run are not told that their connections are gone", "err", err)
+	}
+
+	page := &console.Page{At: cfg.Gate.Console, Proxy: cfg.Proxy.Listen, Sessions: store, Policy: forward.Policy, Log: log}
+	pageListener, err := page.Listen(ctx)
+	if err != nil {
+		return err
 	}
 
 	changes := &changes{log: log, meta: meta, door: access, good: cfg, tell: trail.configuration, rest: func(c *configs.Config) error { return forward.Reload(c.Proxy) }}
@@ -257,6 +273,10 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	g.Go(func() error { return tunnel.WriteStatus(ctx, cfg.Gate.StatusFile) })
 	g.Go(func() error { return api.Run(ctx, gates...) })
 	g.Go(func() error { return forward.Run(ctx, inner) })
+	g.Go(func() error { return page.Run(ctx, pageListener) })
+	if squid != nil {
+		g.Go(func() error { return reopenSquidLog(ctx, squid, log) })
+	}
 	g.Go(func() error { return expire(ctx, store) })
 	g.Go(func() error { return followAuthority(ctx, store, verifier, log) })
 	g.Go(func() error {

@@ -87,10 +87,10 @@ func NewMetrics(reg prometheus.Registerer, version string, started time.Time) (*
 	m.begun = counter(SessionsBegun, "Sessions that began.")
 	m.ended = counters(SessionsEnded, "Sessions that ended, by reason.", "reason")
 	m.requests = counters(ProxyRequests, "Requests to the proxy, by decision and reason.", "decision", "reason")
-	m.bytes = counters(ProxyBytes, "Bytes of finished proxied connections, by direction.", "direction")
+	m.bytes = counters(ProxyBytes, "Bytes of proxied connections, by direction.", "direction")
 	m.proxyTime = histogram(ProxyTime, "Duration of requests that reached their destination.", .01, .05, .25, 1, 5, 30, 120, 600, 3600, 14400, 86400)
 	m.userRequests = counters(UserRequests, "Requests to the proxy, by user and decision.", "user", "decision")
-	m.userBytes = counters(UserBytes, "Bytes of finished proxied connections, by user and direction.", "user", "direction")
+	m.userBytes = counters(UserBytes, "Bytes of proxied connections, by user and direction.", "user", "direction")
 
 	build := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: BuildInfo, Help: "The running version."}, []string{"version", "go_version"})
 	build.WithLabelValues(version, runtime.Version()).Set(1)
@@ -201,16 +201,19 @@ func (m *Metrics) Access(a proxy.Access) {
 		decision = "allow"
 	}
 	m.requests.WithLabelValues(decision, string(a.Decision.Reason)).Inc()
-	user := m.user(a.User)
-	m.userRequests.WithLabelValues(user, decision).Inc()
-	if !a.Dialed.IsValid() {
-		return
+	m.userRequests.WithLabelValues(m.user(a.User), decision).Inc()
+	if a.Dialed.IsValid() {
+		m.proxyTime.Observe(a.Duration.Seconds())
 	}
-	m.proxyTime.Observe(a.Duration.Seconds())
-	for direction, n := range map[string]int64{"up": a.Up, "down": a.Down} {
-		m.bytes.WithLabelValues(direction).Add(float64(n))
-		m.userBytes.WithLabelValues(user, direction).Add(float64(n))
-	}
+}
+
+// Traffic counts bytes of a user's connections as they move.
+func (m *Metrics) Traffic(user string, up, down int64) {
+	user = m.user(user)
+	m.bytes.WithLabelValues("up").Add(float64(up))
+	m.bytes.WithLabelValues("down").Add(float64(down))
+	m.userBytes.WithLabelValues(user, "up").Add(float64(up))
+	m.userBytes.WithLabelValues(user, "down").Add(float64(down))
 }
 
 // user is the label that stands for a user.

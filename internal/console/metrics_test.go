@@ -98,9 +98,11 @@ func TestMetricsSayWhatHappened(t *testing.T) {
 	m.SessionEvent(session.Event{Session: session.Session{Created: started.Add(time.Second)}})
 	m.SessionEvent(session.Event{Session: session.Session{}, Ended: session.Revoked})
 	dialed := netip.MustParseAddrPort("203.0.113.1:443")
-	m.Access(proxy.Access{User: "alice", Decision: proxy.Decision{Allow: true, Reason: proxy.Allowed}, Dialed: dialed, Up: 10, Down: 2000, Duration: 3 * time.Second})
-	m.Access(proxy.Access{User: "alice", Decision: proxy.Decision{Allow: true, Observed: true, Reason: proxy.NoRule}, Dialed: dialed, Up: 1, Down: 2, Duration: time.Second})
+	m.Access(proxy.Access{User: "alice", Decision: proxy.Decision{Allow: true, Reason: proxy.Allowed}, Dialed: dialed, Duration: 3 * time.Second})
+	m.Access(proxy.Access{User: "alice", Decision: proxy.Decision{Allow: true, Observed: true, Reason: proxy.NoRule}, Dialed: dialed, Duration: time.Second})
 	m.Access(proxy.Access{User: "bob", Decision: proxy.Decision{Reason: proxy.DeniedByRule}, Duration: time.Second})
+	m.Traffic("alice", 10, 2000)
+	m.Traffic("alice", 1, 2)
 	expect(t, reg, `
 		perimeterd_windows_opened_total{kind="token"} 1
 		perimeterd_windows_opened_total{kind="sequence"} 1
@@ -177,6 +179,7 @@ func TestNamesKeepTheirPromise(t *testing.T) {
 	m, reg := newMetrics(t, &table{fill: map[string]Fill{"open4": {1, 2}}})
 	m.GateRequest("")
 	m.Access(proxy.Access{User: "alice", Dialed: netip.MustParseAddrPort("203.0.113.1:443")})
+	m.Traffic("alice", 1, 2)
 	if err := m.AskAuthority(Authority{CRLs: func() []CRL { return []CRL{{"CN=CA", started}} }, Problems: func() int { return 2 }}); err != nil {
 		t.Fatal(err)
 	}
@@ -226,7 +229,7 @@ func BenchmarkAccess(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	a := proxy.Access{User: "alice", Decision: proxy.Decision{Allow: true, Reason: proxy.Allowed}, Dialed: netip.MustParseAddrPort("203.0.113.1:443"), Up: 1, Down: 2}
+	a := proxy.Access{User: "alice", Decision: proxy.Decision{Allow: true, Reason: proxy.Allowed}, Dialed: netip.MustParseAddrPort("203.0.113.1:443")}
 	b.ReportAllocs()
 	for b.Loop() {
 		m.Access(a)

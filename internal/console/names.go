@@ -29,7 +29,7 @@ const (
 	IdentityProblems = "perimeterd_identity_problems"                 // of an external CA's files, those included that keep nobody out yet
 
 	ProxyRequests    = "perimeterd_proxy_requests_total"           // by decision (allow, deny, observe) and reason (proxy.Reason)
-	ProxyBytes       = "perimeterd_proxy_bytes_total"              // by direction: up is to the destination; counted as connections end
+	ProxyBytes       = "perimeterd_proxy_bytes_total"              // by direction: up is to the destination; counted every few seconds
 	ProxyConnections = "perimeterd_proxy_connections"              // of clients, live
 	ProxyTime        = "perimeterd_proxy_request_duration_seconds" // of requests that reached their destination, to their end
 	UserRequests     = "perimeterd_proxy_user_requests_total"      // by user and decision
