@@ -6,7 +6,6 @@ package roster
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -30,7 +29,8 @@ type Roster struct {
 	steps map[int64]int // step → how many of its tokens are handed out
 }
 
-// New enters n users into the state of a daemon that does not run. Their certificates are left out: they get as far as the gate.
+// New enters n users into the state of a daemon that does not run, by their names alone: they knock, and get as far as the gate,
+// for which they have no certificate.
 func New(d *lab.Daemon, n int) (*Roster, error) {
 	cfg, err := configs.Load(d.Config)
 	if err != nil {
@@ -53,9 +53,7 @@ func New(d *lab.Daemon, n int) (*Roster, error) {
 	users := identity.NewUsers(db)
 	now := time.Now()
 	for i := range n {
-		e := identity.Enrolment{Name: fmt.Sprintf("user%05d", i), Device: "default", NotAfter: now.Add(24 * time.Hour)}
-		binary.BigEndian.PutUint32(e.Key[:], uint32(i+1))
-		u, err := users.Add(e, now)
+		u, err := users.Add(identity.Enrolment{Name: fmt.Sprintf("user%05d", i)}, now)
 		if err != nil {
 			return nil, errors.Join(err, db.Close())
 		}
