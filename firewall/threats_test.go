@@ -78,9 +78,7 @@ var threats = []struct {
 		name: "spoofed sequences fill the windows",
 		cfg:  secret,
 		earlier: func(s *siege) { // one set of windows for both kinds of knock
-			s.nft(`flush chain inet perimeterd seq_open
-				add rule inet perimeterd seq_open delete @open4 { ip saddr : meta mark }
-				add rule inet perimeterd seq_open add @open4 { ip saddr : meta mark } goto seq_opened`)
+			s.nft("flush chain inet perimeterd seq_open\nadd rule inet perimeterd seq_open goto open")
 		},
 		attack: func(s *siege) (int, string) {
 			const room = 2000
@@ -201,8 +199,9 @@ var threats = []struct {
 		// A subnet of a cloud is one /64.
 		name: "a window for a whole /64",
 		earlier: func(s *siege) {
-			s.nft(`insert rule inet perimeterd open add @open6 { ip6 saddr & ffff:ffff:ffff:ffff:: : meta mark } drop
-				insert rule inet perimeterd gate meta mark set ip6 saddr & ffff:ffff:ffff:ffff:: map @open6 meta mark set 0x67617465 accept`)
+			s.nft(`add set inet perimeterd open64 { type ipv6_addr; flags dynamic,timeout; timeout 1m; }
+				insert rule inet perimeterd open add @open64 { ip6 saddr & ffff:ffff:ffff:ffff:: }
+				insert rule inet perimeterd gate ip6 saddr & ffff:ffff:ffff:ffff:: @open64 meta mark set 0x67617465 accept`)
 		},
 		attack: func(s *siege) (gained int, what string) {
 			s.load(Token{tok(1), 42, soon()})
@@ -276,7 +275,7 @@ var threats = []struct {
 		name: "a fragment alone",
 		earlier: func(s *siege) { // a table that judges before fragments are put together
 			s.nft(`add chain inet perimeterd early { type filter hook prerouting priority -450; }
-				add rule inet perimeterd early udp dport 1194 udp length 24 meta mark set @th,64,128 map @tokens add @open4 { ip saddr : meta mark }`)
+				add rule inet perimeterd early udp dport 1194 udp length 24 meta mark set @th,64,128 map @tokens goto open`)
 		},
 		attack: func(s *siege) (int, string) {
 			s.load(Token{tok(1), 42, soon()})
@@ -290,7 +289,7 @@ var threats = []struct {
 		name: "a token under a bad IP checksum",
 		earlier: func(s *siege) { // a table at the device, before the kernel has looked at the header
 			s.nft(`add chain inet perimeterd early { type filter hook ingress device "outside" priority 0; }
-				add rule inet perimeterd early udp dport 1194 meta mark set @th,64,128 map @tokens add @open4 { ip saddr : meta mark }`)
+				add rule inet perimeterd early udp dport 1194 meta mark set @th,64,128 map @tokens goto open`)
 		},
 		attack: func(s *siege) (int, string) {
 			s.load(Token{tok(1), 42, soon()})
