@@ -81,14 +81,14 @@ func TestResetSequencesAreTold(t *testing.T) {
 	}
 }
 
-func (r *room) stuff(set string) { r.t.Helper(); stuff(r.t, r.fw, set) }
+func (r *room) stuff(set string) { r.t.Helper(); stuff(r.t, r.fw, set, setSize) }
 
-// stuff fills a map of windows to its size with sources of 100.64.0.0/10.
-func stuff(t *testing.T, f *Firewall, set string) {
+// stuff puts n sources of 100.64.0.0/10 into a map, to stay there.
+func stuff(t *testing.T, f *Firewall, set string, n int) {
 	t.Helper()
-	elements := make([]nftables.SetElement, setSize)
+	elements := make([]nftables.SetElement, n)
 	for i := range elements {
-		elements[i] = nftables.SetElement{Key: binary.BigEndian.AppendUint32(nil, 100<<24|64<<16+uint32(i)), Val: native.PutUint32(1), Timeout: time.Minute}
+		elements[i] = nftables.SetElement{Key: binary.BigEndian.AppendUint32(nil, 100<<24|64<<16+uint32(i)), Val: native.PutUint32(1), Timeout: 10 * time.Minute}
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -32,7 +32,7 @@ type release struct{ suite, kernel string }
 var releases = [...]release{{"bookworm", "6.1."}, {"trixie", "6.12."}}
 
 // limit is for one machine, from power-on to power-off.
-const limit = 10 * time.Minute
+const limit = 15 * time.Minute
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
