@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"log/slog"
+	"net/netip"
 	"time"
 
 	"perimeterd/configs"
@@ -99,6 +101,11 @@ func (t *trail) refusal(g gate.Refusal) {
 	t.AddStranger(r)
 }
 
+// renewal hears of each renewed certificate.
+func (t *trail) renewal(id identity.Identity, source netip.AddrPort, until time.Time) {
+	t.Add(audit.Record{Kind: audit.CertificateRenewed, User: id.User, Device: id.Device, Source: source.String(), Expires: until})
+}
+
 // access is a watcher of the proxy.
 func (t *trail) access(a proxy.Access) {
 	r := audit.Record{Time: a.Began.Add(a.Duration), Kind: audit.Connection, ID: a.ID, User: a.User, Device: a.Device, Source: a.Source.String(), Method: a.Method, Destination: a.Target,
@@ -139,8 +146,25 @@ type audited struct {
 
 func (a audited) AddUser(ctx context.Context, e identity.Enrolment) (identity.User, error) {
 	u, err := a.users.AddUser(ctx, e)
-	a.record(ctx, audit.Record{Action: "user-add", User: e.Name, Device: e.Device}, err)
+	action := "user-add"
+	if e.Replace {
+		action = "user-profile"
+	}
+	a.record(ctx, audit.Record{Action: action, User: e.Name, Device: e.Device}, err)
 	return u, err
+}
+
+func (a audited) SetUser(ctx context.Context, name string, c identity.Change) (control.Changed, error) {
+	done, err := a.users.SetUser(ctx, name, c)
+	detail, _ := json.Marshal(c) // a change is made of what JSON has
+	a.record(ctx, audit.Record{Action: "user-set", User: name, Detail: string(detail)}, err)
+	return done, err
+}
+
+func (a audited) TakeUpAuthority(ctx context.Context, act string) error {
+	err := a.users.TakeUpAuthority(ctx, act)
+	a.record(ctx, audit.Record{Action: "ca-" + act}, err)
+	return err
 }
 
 func (a audited) RevokeUser(ctx context.Context, name, device string) (identity.User, error) {

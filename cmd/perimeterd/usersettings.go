@@ -286,6 +286,9 @@ share, and stays: it hides the gate, no more. Groups and settings stay too.`,
 			if err != nil {
 				return err
 			}
+			if c.Identity.External() {
+				return usageError{errExternal}
+			}
 			if err := withUsers(cmd.Context(), c, func(us users) error { return o.chooseDevice(cmd.Context(), us) }); err != nil {
 				return err
 			}

@@ -18,11 +18,16 @@ import (
 var actions = map[string]string{
 	"POST /v1/users":                  "user-add",
 	"POST /v1/users/{name}/revoke":    "user-revoke",
+	"POST /v1/users/{name}/settings":  settingsAct,
+	"POST /v1/authority/rotate":       "ca-rotate",
+	"POST /v1/authority/finish":       "ca-finish",
 	"DELETE /v1/sessions/{id}":        "kick",
 	"POST /v1/configuration":          "apply",
 	"POST /v1/configuration/confirm":  "confirm",
 	"POST /v1/configuration/rollback": "rollback",
 }
+
+const settingsAct = "user-set"
 
 // act has everything that is asked for but reading recorded, with who asked and what came of it.
 func (o *Operations) act(pattern string, r *http.Request, fn func(*http.Request) (any, error)) (any, error) {
@@ -48,11 +53,18 @@ func (o *Operations) act(pattern string, r *http.Request, fn func(*http.Request)
 	var asked struct {
 		Name, Device string
 		Groups       []string
+		Replace      bool
 	}
 	if json.Unmarshal(body.Bytes(), &asked) == nil { // else it is refused as well
 		a.User, a.Device = cmp.Or(a.User, asked.Name), cmp.Or(a.Device, asked.Device)
 		if len(asked.Groups) > 0 {
 			a.Detail = "groups " + strings.Join(asked.Groups, ",")
+		}
+		if a.Action == settingsAct {
+			a.Detail = strings.TrimSpace(body.String())
+		}
+		if asked.Replace {
+			a.Action = "user-profile"
 		}
 	}
 	if u, ok := reply.(identity.User); ok && u.Name != "" {
