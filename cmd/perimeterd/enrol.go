@@ -156,7 +156,7 @@ func (o *addOptions) run(cmd *cobra.Command, c *configs.Config) (err error) {
 	}()
 	return withUsers(cmd.Context(), c, func(us users) error {
 		u, err := us.AddUser(cmd.Context(), identity.Enrolment{
-			Name: o.name, Groups: o.groups, Device: o.device, Key: csr.Key, NotAfter: cert.NotAfter, Replace: o.replace,
+			Name: o.name, Groups: o.groups, Device: o.device, Key: csr.Key, Issuer: identity.IssuerOf(cert), NotAfter: cert.NotAfter, Replace: o.replace,
 		})
 		if err != nil {
 			return err

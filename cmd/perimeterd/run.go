@@ -163,7 +163,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 		return err
 	}
 	if !cfg.Identity.External() {
-		api.RenewBy(gate.Renewals{Signer: sign, Users: users, CA: cfg.Identity.CA})
+		api.RenewBy(gate.Renewals{Signer: sign, Users: users, CA: cfg.Identity.CA, Tell: trail.renewal})
 	}
 	if err := reserve(api, users); err != nil {
 		return err
@@ -232,6 +232,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 		Configuration: changes,
 		Listed:        verifier.Listed,
 		Forget:        sign.Forget,
+		Authority:     func() error { return takeUpAuthority(cfg.Identity, api, verifier, users, store, log) },
 		Audit:         trail.Add,
 		AuditDir:      cfg.AuditDir(),
 		Feed:          trail.Feed,

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"log/slog"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -101,6 +102,11 @@ func (t *trail) refusal(g gate.Refusal) {
 	t.AddStranger(r)
 }
 
+// renewal hears of each renewed certificate.
+func (t *trail) renewal(id identity.Identity, source netip.AddrPort, until time.Time) {
+	t.Add(audit.Record{Kind: audit.CertificateRenewed, User: id.User, Device: id.Device, Source: source.String(), Expires: until})
+}
+
 // access is a watcher of the proxy.
 func (t *trail) access(a proxy.Access) {
 	r := audit.Record{Time: a.Began.Add(a.Duration), Kind: audit.Connection, ID: a.ID, User: a.User, Device: a.Device, Source: a.Source.String(), Method: a.Method, Destination: a.Target,
@@ -153,11 +159,20 @@ func (a audited) SetUser(ctx context.Context, name string, c identity.Change) (c
 func (a audited) AddUser(ctx context.Context, e identity.Enrolment) (identity.User, error) {
 	u, err := a.users.AddUser(ctx, e)
 	r := audit.Record{Action: "user-add", User: e.Name, Device: e.Device}
+	if e.Replace {
+		r.Action = "user-profile"
+	}
 	if len(e.Groups) > 0 {
 		r.Detail = "groups " + strings.Join(e.Groups, ",")
 	}
 	a.record(ctx, r, err)
 	return u, err
+}
+
+func (a audited) TakeUpAuthority(ctx context.Context, act string) error {
+	err := a.users.TakeUpAuthority(ctx, act)
+	a.record(ctx, audit.Record{Action: "ca-" + act}, err)
+	return err
 }
 
 func (a audited) RevokeUser(ctx context.Context, name, device string) (identity.User, error) {

@@ -22,6 +22,7 @@ type users interface {
 	AddUser(context.Context, identity.Enrolment) (identity.User, error)
 	ListUsers(context.Context) ([]identity.User, error)
 	RevokeUser(ctx context.Context, name, device string) (identity.User, error)
+	TakeUpAuthority(ctx context.Context, act string) error
 	SetUser(ctx context.Context, name string, c identity.Change) (control.Changed, error)
 }
 

@@ -22,6 +22,7 @@ const (
 	HandshakeFailed    Kind = "handshake-failed"    // no TLS, or a certificate of nobody's authority
 	CertificateRefused Kind = "certificate-refused" // in the TLS handshake; the user is what the certificate claims
 	RequestRefused     Kind = "request-refused"     // by the session API
+	CertificateRenewed Kind = "certificate-renewed"
 	SessionBegan       Kind = "session-began"
 	SessionEnded       Kind = "session-ended"
 	Connection         Kind = "connection"    // through the proxy, written at its end
@@ -42,7 +43,7 @@ const (
 // Kinds lists them all.
 func Kinds() []Kind {
 	return []Kind{WindowOpened, TokenRefused, TokenReplayed, SequenceReset, WindowsFull, HandshakeFailed, CertificateRefused, RequestRefused,
-		SessionBegan, SessionEnded, Connection, ProxyRefused, Operator, Configuration, DaemonStarted, DaemonStopped, FileBegan, FilesExpired, RecordsLost, LeftOut}
+		CertificateRenewed, SessionBegan, SessionEnded, Connection, ProxyRefused, Operator, Configuration, DaemonStarted, DaemonStopped, FileBegan, FilesExpired, RecordsLost, LeftOut}
 }
 
 // Record is one thing that happened. Fields that do not apply are empty. Texts of outsiders are made harmless by Add.
@@ -96,7 +97,7 @@ func (r *Record) urgent() bool {
 	case Operator, Configuration, DaemonStarted, DaemonStopped:
 		return true
 	case SessionEnded:
-		return r.Reason == "revoked" || r.Reason == "kicked"
+		return r.Reason == "revoked" || r.Reason == "kicked" || r.Reason == "changed"
 	}
 	return false
 }

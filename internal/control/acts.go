@@ -20,6 +20,8 @@ var actions = map[string]string{
 	"POST /v1/users":                  "user-add",
 	"POST /v1/users/{name}/revoke":    "user-revoke",
 	"POST /v1/users/{name}/settings":  actionSet,
+	"POST /v1/authority/rotate":       "ca-rotate",
+	"POST /v1/authority/finish":       "ca-finish",
 	"DELETE /v1/sessions/{id}":        "kick",
 	"POST /v1/configuration":          "apply",
 	"POST /v1/configuration/confirm":  "confirm",
@@ -50,6 +52,7 @@ func (o *Operations) act(pattern string, r *http.Request, fn func(*http.Request)
 	var asked struct {
 		Name, Device string
 		Groups       []string
+		Replace      bool
 	}
 	if json.Unmarshal(body.Bytes(), &asked) == nil { // else it is refused as well
 		a.User, a.Device = cmp.Or(a.User, asked.Name), cmp.Or(a.Device, asked.Device)
@@ -57,6 +60,9 @@ func (o *Operations) act(pattern string, r *http.Request, fn func(*http.Request)
 			a.Detail = strings.TrimSpace(body.String()) // only what changes, and nothing secret
 		} else if len(asked.Groups) > 0 {
 			a.Detail = "groups " + strings.Join(asked.Groups, ",")
+		}
+		if asked.Replace {
+			a.Action = "user-profile"
 		}
 	}
 	o.Audit(Act(r.Context(), a, err))

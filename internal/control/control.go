@@ -6,6 +6,7 @@
 //	POST   /v1/users                identity.Enrolment → identity.User
 //	POST   /v1/users/NAME/revoke    Revocation → identity.User
 //	POST   /v1/users/NAME/settings  identity.Change → Changed
+//	POST   /v1/authority/rotate, /v1/authority/finish: reads the built-in CA's certificates again
 //	GET    /v1/sessions             []Session
 //	DELETE /v1/sessions/ID          ends it as kicked
 //	POST   /v1/configuration        Trial → Applied: takes up the file
@@ -91,6 +92,8 @@ type Operations struct {
 	UserChanged func(name string) error
 	// Forget tells the signer that nothing of a user's, or of his device's, is to be renewed. Nil: nobody is told.
 	Forget func(ctx context.Context, name, device string) error
+	// Authority takes up other certificates of the built-in CA, and of the gate. Nil: there is nothing to take up.
+	Authority func() error
 	// Status is the daemon's part of Status. Nil: none.
 	Status   func() Status
 	AuditDir string // of the audit's files
@@ -241,6 +244,11 @@ func Handler(o *Operations) http.Handler {
 		}
 		return o.SetUser(r.Context(), r.PathValue("name"), c)
 	})
+	for _, act := range []string{CARotate, CAFinish} {
+		handle("POST /v1/authority/"+act, func(r *http.Request) (any, error) {
+			return struct{}{}, o.TakeUpAuthority(r.Context(), act)
+		})
+	}
 	handle("GET /v1/sessions", func(*http.Request) (any, error) { return o.sessions(), nil })
 	handle("DELETE /v1/sessions/{id}", func(r *http.Request) (any, error) {
 		id, err := session.ParseID(r.PathValue("id"))

@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -71,13 +72,16 @@ func NewCA(name string, now time.Time) (*CA, error) {
 	return &CA{Certificate: cert, Bundle: []*x509.Certificate{cert}, key: key}, nil
 }
 
+// EncodeKey writes the authority's key: a secret.
+func (ca *CA) EncodeKey() ([]byte, error) { return EncodePrivateKey(ca.key) }
+
 // Save writes the certificate (0644) and the key (0600). The key's directory is made 0700 if it is missing. Neither file
 // is overwritten.
 func (ca *CA) Save(certPath, keyPath string) error {
 	if err := os.MkdirAll(filepath.Dir(keyPath), 0o700); err != nil {
 		return err
 	}
-	key, err := EncodePrivateKey(ca.key)
+	key, err := ca.EncodeKey()
 	if err != nil {
 		return err
 	}
@@ -228,6 +232,12 @@ func issue(sign func(crypto.PublicKey) (*x509.Certificate, error)) (*Issued, err
 
 // Validity is how long a certificate of SignClient was issued for.
 func Validity(c *x509.Certificate) time.Duration { return c.NotAfter.Sub(c.NotBefore) - backdate }
+
+// IssuerOf names the authority that issued a certificate, by AuthorityID.
+func IssuerOf(c *x509.Certificate) string { return hex.EncodeToString(c.AuthorityKeyId) }
+
+// AuthorityID names an authority by its key.
+func AuthorityID(c *x509.Certificate) string { return hex.EncodeToString(c.SubjectKeyId) }
 
 // HashKey is the SHA-256 of a certificate's SubjectPublicKeyInfo.
 func HashKey(c *x509.Certificate) KeyHash { return sha256.Sum256(c.RawSubjectPublicKeyInfo) }

@@ -41,6 +41,26 @@ func WriteNew(path string, data []byte, perm fs.FileMode) (err error) {
 	return syncDir(dir)
 }
 
+// Replace writes path whole or not at all, and durably, in the place of what is there.
+func Replace(path string, data []byte, perm fs.FileMode) error {
+	fresh := path + ".new"
+	if err := os.Remove(fresh); err != nil && !errors.Is(err, fs.ErrNotExist) { // of a crash
+		return err
+	}
+	if err := WriteNew(fresh, data, perm); err != nil {
+		return err
+	}
+	return Rename(fresh, path)
+}
+
+// Rename is os.Rename, durably.
+func Rename(from, to string) error {
+	if err := os.Rename(from, to); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(to))
+}
+
 func syncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {

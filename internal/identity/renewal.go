@@ -15,6 +15,7 @@ var ErrNotRenewed = errors.New("cannot be renewed")
 // it holds too.
 type Successor struct {
 	Key      KeyHash   `json:"key"`
+	Issuer   string    `json:"issuer,omitempty"` // IssuerOf the certificate
 	NotAfter time.Time `json:"not_after"`
 }
 
@@ -78,7 +79,7 @@ func (s *Users) Used(name string, key KeyHash) error {
 		for i := range u.Devices {
 			if d := &u.Devices[i]; d.Next != nil && d.Next.Key == key {
 				d.First, d.Old = d.ID(), d.Key
-				d.Key, d.NotAfter, d.Next = d.Next.Key, d.Next.NotAfter, nil
+				d.Key, d.Issuer, d.NotAfter, d.Next = d.Next.Key, d.Next.Issuer, d.Next.NotAfter, nil
 				return put(tx, u)
 			}
 		}

@@ -17,7 +17,7 @@ func TestSuccessorRetiresTheCertificateBeforeWhenItIsUsed(t *testing.T) {
 		}
 		return is
 	}
-	successor := func(is *Issued) Successor { return Successor{is.KeyHash, is.NotAfter} }
+	successor := func(is *Issued) Successor { return Successor{Key: is.KeyHash, NotAfter: is.NotAfter} }
 	second, unused := issue(), issue()
 	_, err := f.Identify(state(t, second))
 	wantRefusal(t, err, UnknownKey)
@@ -90,7 +90,7 @@ func TestRevokedDeviceIsRevokedWithAllItsCertificates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	next := Successor{second.KeyHash, second.NotAfter}
+	next := Successor{Key: second.KeyHash, NotAfter: second.NotAfter}
 	if _, err := f.users.Renew("alice", first.KeyHash, next, now); err != nil {
 		t.Fatal(err)
 	}
@@ -108,7 +108,7 @@ func TestRevokedDeviceIsRevokedWithAllItsCertificates(t *testing.T) {
 		_, err := f.Identify(state(t, is))
 		wantRefusal(t, err, RevokedCert)
 	}
-	if _, err := f.users.Renew("alice", second.KeyHash, Successor{KeyHash{7}, second.NotAfter}, now); !errors.Is(err, ErrNotRenewed) {
+	if _, err := f.users.Renew("alice", second.KeyHash, Successor{Key: KeyHash{7}, NotAfter: second.NotAfter}, now); !errors.Is(err, ErrNotRenewed) {
 		t.Errorf("a revoked certificate is renewed: %v", err)
 	}
 }
@@ -125,7 +125,7 @@ func TestSuccessorOutlivesTheCertificateBefore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.users.Renew("alice", is.KeyHash, Successor{second.KeyHash, second.NotAfter}, now); err != nil {
+	if _, err := f.users.Renew("alice", is.KeyHash, Successor{Key: second.KeyHash, NotAfter: second.NotAfter}, now); err != nil {
 		t.Fatal(err)
 	}
 	f.clock = now.Add(2 * time.Hour)

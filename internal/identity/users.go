@@ -62,6 +62,7 @@ type User struct {
 type Device struct {
 	Name     string     `json:"name"`
 	Key      KeyHash    `json:"key"`
+	Issuer   string     `json:"issuer,omitempty"` // of the certificate: IssuerOf
 	NotAfter time.Time  `json:"not_after"`
 	Created  time.Time  `json:"created"`
 	Revoked  time.Time  `json:"revoked,omitzero"`
@@ -84,6 +85,7 @@ type Enrolment struct {
 	Groups   []string  `json:"groups"` // for a user who is active already: empty, or what he has
 	Device   string    `json:"device"`
 	Key      KeyHash   `json:"key"`
+	Issuer   string    `json:"issuer,omitempty"` // IssuerOf the certificate
 	NotAfter time.Time `json:"not_after"`
 	Replace  bool      `json:"replace,omitempty"` // of a device that an active user has: its certificates are revoked
 }
@@ -142,7 +144,7 @@ func (s *Users) Add(e Enrolment, now time.Time) (u User, err error) {
 		if len(u.Devices) >= maxDevices {
 			return fmt.Errorf("user %q: has had %d devices, the most there may be: use another name", u.Name, maxDevices)
 		}
-		u.Devices = append(u.Devices, Device{Name: e.Device, Key: e.Key, NotAfter: e.NotAfter, Created: now})
+		u.Devices = append(u.Devices, Device{Name: e.Device, Key: e.Key, Issuer: e.Issuer, NotAfter: e.NotAfter, Created: now})
 		return put(tx, u)
 	})
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"time"
 )
 
@@ -21,6 +22,7 @@ type Identity struct {
 	Key         KeyHash // of the certificate itself
 	Unused      bool    // a renewed certificate's first use: Users.Used is to be told
 	NotAfter    time.Time
+	Leaving     bool     // its authority is on the way out: it is to be renewed soon
 	Chain       [][]byte // DER, the certificate first and what leads from it to an authority after it: for Again
 	Settings    Settings
 }
@@ -65,7 +67,8 @@ func (r *Refusal) Unwrap() error { return r.Err }
 
 // Verifier checks client certificates against the authority and the users.
 type Verifier struct {
-	roots    *x509.CertPool
+	caPath   string
+	roots    atomic.Pointer[roots]
 	users    *Users
 	now      func() time.Time
 	external *external // nil: the authority is the built-in one, whose certificates the store knows
@@ -77,19 +80,48 @@ func NewVerifier(caPath string, users *Users, now func() time.Time) (*Verifier, 
 	return v, err
 }
 
-func newVerifier(caPath string, users *Users, now func() time.Time) (*Verifier, []*x509.Certificate, error) {
-	certs, err := ReadCertificates(caPath)
+// roots are the authorities of a bundle.
+type roots struct {
+	pool   *x509.CertPool
+	newest *x509.Certificate // that issues from now on
+	others bool              // there are more, on their way out
+}
+
+func readRoots(path string) (*roots, []*x509.Certificate, error) {
+	certs, err := ReadCertificates(path)
 	if err != nil {
 		return nil, nil, err
 	}
-	roots := x509.NewCertPool()
+	r := &roots{pool: x509.NewCertPool(), newest: Newest(certs), others: len(certs) > 1}
 	for _, c := range certs {
-		roots.AddCert(c)
+		r.pool.AddCert(c)
 	}
-	return &Verifier{roots: roots, users: users, now: now}, certs, nil
+	return r, certs, nil
 }
 
-// TLSConfig is a server's configuration that lets nobody past the handshake whom Identify refuses.
+// Newest is of a bundle the authority that was appended last: while one replaces another, it is the one that issues.
+func Newest(bundle []*x509.Certificate) *x509.Certificate { return bundle[len(bundle)-1] }
+
+// Reload takes up another bundle of authorities from the same file. With an error the old one goes on.
+func (v *Verifier) Reload() error {
+	r, _, err := readRoots(v.caPath)
+	if err == nil {
+		v.roots.Store(r)
+	}
+	return err
+}
+
+func newVerifier(caPath string, users *Users, now func() time.Time) (*Verifier, []*x509.Certificate, error) {
+	r, certs, err := readRoots(caPath)
+	if err != nil {
+		return nil, nil, err
+	}
+	v := &Verifier{caPath: caPath, users: users, now: now}
+	v.roots.Store(r)
+	return v, certs, nil
+}
+
+// TLSConfig is a server's configuration, as of now, that lets nobody past the handshake whom Identify refuses.
 func (v *Verifier) TLSConfig(server tls.Certificate) *tls.Config {
 	return &tls.Config{
 		Certificates: []tls.Certificate{server},
@@ -98,7 +130,7 @@ func (v *Verifier) TLSConfig(server tls.Certificate) *tls.Config {
 		Time:         v.now,
 		// crypto/tls checks the chain too: it sends better alerts, and is a second lock on the same door.
 		ClientAuth: tls.RequireAndVerifyClientCert,
-		ClientCAs:  v.roots,
+		ClientCAs:  v.roots.Load().pool,
 		// VerifyConnection, not VerifyPeerCertificate, which resumption skips.
 		VerifyConnection:       v.VerifyConnection,
 		SessionTicketsDisabled: true,
@@ -134,7 +166,7 @@ func (v *Verifier) Again(chain [][]byte) (Identity, error) {
 }
 
 func (v *Verifier) judge(leaf *x509.Certificate, others []*x509.Certificate) (Identity, error) {
-	now, name := v.now(), leaf.Subject.CommonName
+	now, name, roots := v.now(), leaf.Subject.CommonName, v.roots.Load()
 	refuse := func(code Code, err error, format string, a ...any) (Identity, error) {
 		return Identity{}, &Refusal{Code: code, User: name, Text: fmt.Sprintf(format, a...), Err: err}
 	}
@@ -144,7 +176,7 @@ func (v *Verifier) judge(leaf *x509.Certificate, others []*x509.Certificate) (Id
 	}
 	// The usage is judged below, since Verify takes an absent one and anyExtendedKeyUsage for every usage.
 	chains, err := leaf.Verify(x509.VerifyOptions{
-		Roots: v.roots, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
+		Roots: roots.pool, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
 	var unknown x509.UnknownAuthorityError
 	var invalid x509.CertificateInvalidError
@@ -199,6 +231,7 @@ func (v *Verifier) judge(leaf *x509.Certificate, others []*x509.Certificate) (Id
 		id.Device = serialKey(leaf.SerialNumber)
 	}
 	id.Chain, id.NotAfter = longest(chains)
+	id.Leaving = v.external == nil && roots.others && !slices.ContainsFunc(chains, func(c []*x509.Certificate) bool { return c[len(c)-1].Equal(roots.newest) })
 	return id, nil
 }
 

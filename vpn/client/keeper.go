@@ -200,9 +200,11 @@ func (k *Keeper) Run(ctx context.Context) error {
 	refused := false
 	var renewing chan error // gets what became of the certificate's renewal
 	var renewalAt time.Time // none before
+	var renewedFor *Tunnel  // with each session of an old certificate the gate may ask for a renewal
 	for {
 		now := k.Now()
-		if renewing == nil && !now.Before(renewalAt) && !now.Before(k.options().Profile.RenewFrom()) {
+		due := !now.Before(k.options().Profile.RenewFrom()) || t.Session.Renew && renewedFor != t
+		if renewing == nil && !now.Before(renewalAt) && due {
 			result := make(chan error, 1)
 			renewing = result
 			go func() {
@@ -224,7 +226,9 @@ func (k *Keeper) Run(ctx context.Context) error {
 			asking, answered = nil, true
 		case err := <-renewing:
 			renewing, renewalAt = nil, k.Now().Add(renewalPause(err, k.options().Profile.Expires().Sub(k.Now())))
-			if err != nil && ctx.Err() == nil {
+			if err == nil {
+				renewedFor = t
+			} else if ctx.Err() == nil {
 				k.unrenewed(err)
 			}
 			continue

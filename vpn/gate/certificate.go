@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"os"
 	"time"
 
@@ -24,6 +25,8 @@ type Renewals struct {
 	Signer Signer
 	Users  *identity.Users
 	CA     string // file of the bundle that clients get
+	// Tell hears of each renewed certificate. Nil: nobody does.
+	Tell func(id identity.Identity, source netip.AddrPort, until time.Time)
 }
 
 // RenewBy makes the gate renew certificates. It must be called before Run.
@@ -55,7 +58,7 @@ func (g *Gate) certificate(w http.ResponseWriter, r *http.Request, id identity.I
 		return fmt.Errorf("renew: %w", err)
 	}
 	// Entered before it is given out: nobody holds one that is not known here. A user who was revoked meanwhile gets none.
-	_, err = g.renewals.Users.Renew(id.User, id.Key, identity.Successor{Key: csr.Key, NotAfter: cert.NotAfter}, now)
+	_, err = g.renewals.Users.Renew(id.User, id.Key, identity.Successor{Key: csr.Key, Issuer: identity.IssuerOf(cert), NotAfter: cert.NotAfter}, now)
 	switch {
 	case errors.Is(err, identity.ErrUserExists):
 		return badRequest("request: its key has a certificate already: make a new key")
@@ -69,6 +72,9 @@ func (g *Gate) certificate(w http.ResponseWriter, r *http.Request, id identity.I
 		return err
 	}
 	g.log.Info("certificate renewed", "user", id.User, "device", id.Device, "source", outer(r), "until", cert.NotAfter)
+	if g.renewals.Tell != nil {
+		g.renewals.Tell(id, outer(r), cert.NotAfter)
+	}
 	return writeJSON(w, http.StatusCreated, vpn.CertificateReply{Certificate: string(identity.EncodeCertificate(cert)), CA: string(ca), Expires: cert.NotAfter})
 }
 

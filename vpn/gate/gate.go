@@ -19,6 +19,7 @@ import (
 	"net/netip"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -47,7 +48,7 @@ type Verifier interface {
 type Gate struct {
 	cfg       Config
 	serverKey [32]byte // WireGuard, public
-	cert      tls.Certificate
+	cert      atomic.Pointer[tls.Certificate]
 	verifier  Verifier
 	store     session.Store
 	tunnel    *Tunnel
@@ -76,7 +77,7 @@ func New(cfg Config, known func(netip.Addr) bool, serverKey [32]byte, cert tls.C
 		return nil, fmt.Errorf("tunnel.network %v has %d addresses for session.limit %d; released ones rest for %v: "+
 			"take a larger network or a limit of %d", cfg.Network, n, cfg.Limit, vpn.Quarantine, n/2)
 	}
-	g := &Gate{cfg: cfg, serverKey: serverKey, cert: cert, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: logger, count: func(string) {}, watch: func(Refusal) {},
+	g := &Gate{cfg: cfg, serverKey: serverKey, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: logger, count: func(string) {}, watch: func(Refusal) {},
 		pace: pace{next: map[[32]byte]time.Time{}}, renewed: pace{next: map[[32]byte]time.Time{}}, known: known, callers: &callers{by: map[*counted]caller{}},
 		connections: func(session.ID) int { return 0 }, ended: map[session.ID]session.Session{}}
 	released, err := store.Released()
@@ -87,11 +88,15 @@ func New(cfg Config, known func(netip.Addr) bool, serverKey [32]byte, cert tls.C
 	for _, r := range released {
 		g.pool.Rest(r.Address, owner(r.User, r.Device), now.Add(-r.Ago))
 	}
+	g.cert.Store(&cert)
 	for _, s := range store.List() {
 		g.pool.Hold(s.Address, owner(s.User, s.Device))
 	}
 	return g, nil
 }
+
+// Present makes the gate show another certificate from now on.
+func (g *Gate) Present(cert tls.Certificate) { g.cert.Store(&cert) }
 
 // Count makes fn hear of every request: the code of its refusal, or "". It must be called before Run.
 func (g *Gate) Count(fn func(code string)) { g.count = fn }
@@ -138,13 +143,18 @@ func (g *Gate) CutRefused() {
 
 // Run serves on listeners until ctx ends.
 func (g *Gate) Run(ctx context.Context, listeners ...net.Listener) error {
-	config := g.verifier.TLSConfig(g.cert)
-	config.NextProtos = []string{"http/1.1"}
-	config.SessionTicketsDisabled = true // over TCP they save no round trip, and resumption would skip checks
+	// Made for each handshake: certificate and authorities may be others by then.
+	current := func() *tls.Config {
+		c := g.verifier.TLSConfig(*g.cert.Load())
+		c.NextProtos = []string{"http/1.1"}
+		c.SessionTicketsDisabled = true // over TCP they save no round trip, and resumption would skip checks
+		return c
+	}
+	config := current()
 	few := &fewLines{log: g.log, limit: rate.NewLimiter(1, 20), watch: g.watch}
 	config.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 		// For who is refused, and where he comes from, in one line.
-		c := config.Clone()
+		c := current()
 		c.VerifyConnection = func(cs tls.ConnectionState) error {
 			id, err := g.verifier.Identify(cs)
 			if c, ok := hello.Conn.(*counted); ok && err == nil {

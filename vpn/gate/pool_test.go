@@ -112,7 +112,7 @@ func TestAddressStaysWithTheDeviceOverRenewalAndRestartAndRestsForOthers(t *test
 	b.end(other.ID)
 	b.stop()
 	b.startTunnel()
-	g, err := New(b.cfg, func(netip.Addr) bool { return false }, b.serverWG, b.gate.cert, b.gate.verifier, b.store, b.tunnel, b.log)
+	g, err := New(b.cfg, func(netip.Addr) bool { return false }, b.serverWG, *b.gate.cert.Load(), b.gate.verifier, b.store, b.tunnel, b.log)
 	if err != nil {
 		t.Fatal(err)
 	}
