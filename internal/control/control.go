@@ -62,7 +62,7 @@ type Session struct {
 	Created     time.Time  `json:"created"`
 	Expires     time.Time  `json:"expires"`
 	PostQuantum bool       `json:"post_quantum"`
-	KeyExchange string     `json:"key_exchange"`
+	Curve       string     `json:"curve"` // of the TLS connection that began it
 	// Endpoint and Handshake are of the last handshake, as far as it is noted.
 	Endpoint  netip.AddrPort `json:"endpoint,omitzero"`
 	Handshake time.Time      `json:"handshake,omitzero"`

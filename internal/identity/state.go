@@ -1,6 +1,7 @@
 package identity
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -30,6 +31,7 @@ var (
 	bucketSequences = []byte("sequences") // name of a shared knock sequence → uint32 credential id
 	keySchema       = []byte("schema")
 	keyTokenStep    = []byte("token_step")
+	keyTokenSteps   = []byte("token_steps")
 )
 
 // ErrStateHeld is returned when another process, as a rule the daemon, holds the state file.
@@ -136,7 +138,7 @@ type Meta struct{ db *bolt.DB }
 // NewMeta reads and writes the state in db, which OpenState opened.
 func NewMeta(db *bolt.DB) *Meta { return &Meta{db} }
 
-// TokenStep is the highest step whose tokens were ever loaded; 0 before the first.
+// TokenStep is the step up to which no tokens may be loaded any more, whatever TokenSteps say; 0: none is barred.
 func (m *Meta) TokenStep() (step uint64, err error) {
 	err = m.db.View(func(tx *bolt.Tx) error {
 		step, err = tokenStep(tx)
@@ -145,7 +147,7 @@ func (m *Meta) TokenStep() (step uint64, err error) {
 	return step, err
 }
 
-// RaiseTokenStep records that tokens up to step were loaded, durably. A lower step than the recorded one changes nothing.
+// RaiseTokenStep bars tokens up to step, durably. A lower step than the recorded one changes nothing.
 func (m *Meta) RaiseTokenStep(step uint64) error {
 	return m.db.Update(func(tx *bolt.Tx) error {
 		have, err := tokenStep(tx)
@@ -166,6 +168,20 @@ func tokenStep(tx *bolt.Tx) (uint64, error) {
 		// Reading it as 0 would let spent tokens open again.
 		return 0, fmt.Errorf("state: the highest token step is %d bytes long, want 8: restore a backup", len(v))
 	}
+}
+
+// TokenSteps is what SetTokenSteps kept; nil before the first.
+func (m *Meta) TokenSteps() (text []byte, err error) {
+	err = m.db.View(func(tx *bolt.Tx) error {
+		text = bytes.Clone(tx.Bucket(bucketMeta).Get(keyTokenSteps))
+		return nil
+	})
+	return text, err
+}
+
+// SetTokenSteps keeps, durably, which steps' tokens were ever loaded, in whose words it is.
+func (m *Meta) SetTokenSteps(text []byte) error {
+	return m.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketMeta).Put(keyTokenSteps, text) })
 }
 
 // SequenceCredential is the credential id of a shared knock sequence, given at the first call and kept for ever.

@@ -228,3 +228,24 @@ func TestFloodOfInitiationsEndsTheReadingAndLetsNoReplayPass(t *testing.T) {
 		t.Error("an initiation passed unread while replays are barred")
 	}
 }
+
+func TestEndpointNeedsAWindowAgainInTimeWhateverTheClockDoes(t *testing.T) {
+	now := time.Unix(1e9, 0)
+	day := session.Session{Expires: now.Add(24 * time.Hour)}
+	for _, c := range []struct {
+		what      string
+		s         session.Session
+		handshake time.Time
+		want      time.Time
+	}{
+		{"just now", day, now, now.Add(endpointLife)},
+		{"a minute ago", day, now.Add(-time.Minute), now.Add(endpointLife - time.Minute)},
+		{"the session ends before", session.Session{Expires: now.Add(time.Minute)}, now, now.Add(time.Minute)},
+		{"the clock was set back a day since", day, now.Add(24 * time.Hour), now.Add(endpointLife)},
+		{"the clock was set forward a day since", day, now.Add(-24 * time.Hour), now.Add(endpointLife - 24*time.Hour)},
+	} {
+		if got := endpointEnd(c.s, c.handshake, now); !got.Equal(c.want) {
+			t.Errorf("%s: %v from now, want %v", c.what, got.Sub(now), c.want.Sub(now))
+		}
+	}
+}

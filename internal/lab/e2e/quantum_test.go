@@ -13,7 +13,7 @@ func TestRequiredPostQuantumRefusesStockOpenSSLAndTakesOurClient(t *testing.T) {
 	s := newStage(t, lab.Options{}, lab.Setting{Key: "require_post_quantum", Value: "true"})
 	s.ok(s.alice.VPN(s.ctx, "up"))
 	s.ok(s.curl("https://" + cloudName + "/"))
-	if out := s.sessionsJSON(); !strings.Contains(out, `"key_exchange": "X25519MLKEM768"`) || !strings.Contains(out, `"post_quantum": true`) {
+	if out := s.sessionsJSON(); !strings.Contains(out, `"curve": "X25519MLKEM768"`) || !strings.Contains(out, `"post_quantum": true`) {
 		t.Errorf("the session is listed as %s", out)
 	}
 	out := s.ok(s.Client.Command(s.ctx, "curl", append(s.files("alice"), "-sS", "--max-time", "5", "--curves", "X25519", "-w", "\n%{http_code}",

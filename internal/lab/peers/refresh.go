@@ -193,7 +193,8 @@ func (f *flushTimes) Loaded(_ int, _ int64, took time.Duration) {
 type steps struct{}
 
 func (steps) TokenStep() (uint64, error)  { return 0, nil }
-func (steps) RaiseTokenStep(uint64) error { return nil }
+func (steps) TokenSteps() ([]byte, error) { return nil, nil }
+func (steps) SetTokenSteps([]byte) error  { return nil }
 
 // flushes times each commit of the daemon's refresh by itself: the same table in a host of its own, a step's ticks without
 // the waiting in between.
