@@ -12,12 +12,13 @@ GO ?= go
 DEMO_TOOLS := nft:nftables ip:iproute2 curl:curl nmap:nmap
 TEST_TOOLS := $(DEMO_TOOLS) gcc:gcc knock:knockd wg:wireguard-tools wireguard-go:wireguard-go setcap:libcap2-bin make-cadir:easy-rsa openssl:openssl \
 	/lib/systemd/systemd-journal-remote:systemd-journal-remote jc:jc
+FULL_TOOLS := $(TEST_TOOLS) chromium:chromium certutil:libnss3-tools /usr/bin/aws:awscli node:nodejs npm:npm calamaris:calamaris
 PEER_TOOLS := nft:nftables ip:iproute2 iptables:iptables ipset:ipset knockd:knockd fwknopd:fwknop-server fwknop:fwknop-client
 SOAK_TOOLS := nft:nftables ip:iproute2
 VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod
 UNIT := $(GO) list ./... | grep -v internal/lab/e2e
 
-.PHONY: build demo test lint unit e2e test-attacks test-vm fuzz bench bench-door soak clean demo-tools test-tools vm-tools peer-tools soak-tools
+.PHONY: build demo test lint unit e2e test-attacks test-full test-vm fuzz bench bench-door soak clean demo-tools test-tools full-tools vm-tools peer-tools soak-tools
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
@@ -44,6 +45,10 @@ e2e: build
 # At most eight minutes. A quick part of it is in `make e2e`.
 test-attacks: test-tools build
 	$(GO) run ./internal/lab/attacks
+
+# The programs that people use, against the built binaries: Chromium, the AWS CLI, curl, Go, Python, Node, npm.
+test-full: full-tools build
+	$(GO) test -count=1 -timeout 20m ./internal/lab/e2e/clients
 
 # The firewall's tests on the kernels of Debian 12 and 13, in emulated machines: ten minutes, not part of `make test`.
 test-vm: vm-tools build
@@ -88,6 +93,9 @@ demo-tools:
 
 test-tools:
 	$(call install,$(TEST_TOOLS))
+
+full-tools:
+	$(call install,$(FULL_TOOLS))
 
 vm-tools:
 	$(call install,$(VM_TOOLS))

@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -183,30 +182,4 @@ func (s *Server) settle(l *link, a *Access, why Reason, err error) int {
 	}
 	s.done(a)
 	return a.Status
-}
-
-// body is what a refused client gets to read: the reason, a sentence, and the id that `perimeterd why` takes.
-func (a *Access) body(asJSON bool) (body []byte, contentType string) {
-	sentence := a.Decision.Reason.Sentence()
-	if asJSON {
-		type e struct {
-			Code        string `json:"code"`
-			Message     string `json:"message"`
-			Destination string `json:"destination,omitempty"`
-			ID          string `json:"id"`
-		}
-		v := struct {
-			Error e `json:"error"`
-		}{e{Code: string(a.Decision.Reason), Message: sentence, ID: a.ID}}
-		if a.Destination.Valid() {
-			v.Error.Destination = a.Destination.String()
-		}
-		body, _ = json.Marshal(v) // strings only
-		return append(body, '\n'), "application/json"
-	}
-	where := ""
-	if a.Destination.Valid() {
-		where = a.Destination.String() + ": "
-	}
-	return fmt.Appendf(nil, "%s%s\n%s (%s)\n", where, sentence, a.Decision.Reason, a.ID), "text/plain; charset=utf-8"
 }

@@ -70,7 +70,7 @@ func parseHead(b []byte) (h head, err error) {
 		return h, fmt.Errorf("version %s: want HTTP/1.1", quote(version))
 	}
 	var lengths, codings int
-	var connection, upgrade string
+	var connection, upgrade, accept string
 	for rest != "" {
 		line, rest, _ = strings.Cut(rest, "\r\n")
 		name, value, ok := strings.Cut(line, ":")
@@ -97,7 +97,7 @@ func parseHead(b []byte) (h head, err error) {
 				return h, fmt.Errorf("Transfer-Encoding %s: only chunked is understood", quote(value))
 			}
 		case is("accept"):
-			h.json = h.json || strings.Contains(strings.ToLower(value), "json")
+			accept += "," + value
 		case is("connection"):
 			connection += "," + value
 		case is("upgrade"):
@@ -118,6 +118,7 @@ func parseHead(b []byte) (h head, err error) {
 	case h.method == "CONNECT" && (h.chunked || h.length > 0):
 		return h, errors.New("CONNECT has no body")
 	}
+	h.json = prefersJSON(accept)
 	h.upgrade = hasToken(connection, "upgrade") && hasToken(upgrade, "websocket")
 	return h, nil
 }

@@ -278,10 +278,33 @@ func TestOthersGetNothing(t *testing.T) {
 	}
 }
 
+func TestPrefersJSON(t *testing.T) {
+	for accept, want := range map[string]bool{
+		"": false, "*/*": false, "text/html,application/xhtml+xml,application/xml;q=0.9,image/webp,*/*;q=0.8": false,
+		"application/json": true, "APPLICATION/JSON; charset=utf-8": true, "application/json, text/plain, */*": true, "application/problem+json": true,
+		"text/html, application/json": false, "text/html;q=0.5, application/json": true, "application/json;q=0.1, text/plain;q=0.2": false,
+		"application/json;q=0": false, "application/json;q=x": true, "application/json;q=NaN, text/html;q=0.1": true, "jsonp, image/json": false,
+	} {
+		if got := prefersJSON(accept); got != want {
+			t.Errorf("%q: %v", accept, got)
+		}
+	}
+}
+
+func TestRefusalIsReadByPeople(t *testing.T) {
+	l := startLab(t, openConfig())
+	_, body := ask(t, l.from("10.77.0.2"), "CONNECT evil.test:443 HTTP/1.0\r\n\r\n")
+	want := "evil.test:443 was not let through by the proxy (perimeterd).\n\nNo rule allows you this destination. Ask the operator to add it.\n\n" +
+		"reason  no-rule\nuser    alice\nid      " + l.next().ID + "   tell the operator, who finds it by this\n"
+	if body != want {
+		t.Errorf("got\n%s\nwant\n%s", body, want)
+	}
+}
+
 func TestRefusalIsJSONForThoseWhoAsk(t *testing.T) {
 	l := startLab(t, openConfig())
 	_, body := ask(t, l.from("10.77.0.2"), "CONNECT evil.test:443 HTTP/1.1\r\nHost: evil.test:443\r\nAccept: application/json\r\n\r\n")
-	want := `{"error":{"code":"no-rule","message":"` + NoRule.Sentence() + `","destination":"evil.test:443","id":"` + l.next().ID + `"}}` + "\n"
+	want := `{"error":{"code":"no-rule","message":"` + NoRule.Sentence() + `","destination":"evil.test:443","user":"alice","id":"` + l.next().ID + `"}}` + "\n"
 	if body != want {
 		t.Errorf("got %s, want %s", body, want)
 	}

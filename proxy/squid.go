@@ -136,6 +136,10 @@ func squidTag(a Access) string {
 	switch a.End {
 	case "", Closed:
 		return tag
+	case ClientReset, ServerReset:
+		if a.Method == http.MethodConnect { // how many programs end theirs
+			return tag
+		}
 	case Idle, Lifetime:
 		return tag + "_TIMEDOUT"
 	}

@@ -28,8 +28,9 @@ import (
 
 // CloudOptions says what the cloud host pretends to be.
 type CloudOptions struct {
-	Names []string // in its certificate and in DNS; the first label may be *
-	IPv6  bool     // give the names AAAA records too
+	Names []string                // in its certificate and in DNS; the first label may be *
+	IPv6  bool                    // give the names AAAA records too
+	Sites map[string]http.Handler // what a name serves instead, of Names, and spelled as there
 }
 
 // Request is one HTTP request that the cloud host got.
@@ -57,6 +58,7 @@ type CloudHost struct {
 	DNS    *DNS
 
 	pattern []byte // of /bytes, a multiple of 251 long
+	sites   map[string]http.Handler
 
 	mu       sync.Mutex
 	requests []*Request
@@ -69,7 +71,7 @@ func (l *Lab) StartCloud(o CloudOptions) (*CloudHost, error) {
 	}
 	h := &CloudHost{
 		CAFile: filepath.Join(l.Dir, "cloud-ca.pem"), CAs: x509.NewCertPool(), DNS: &DNS{records: map[string][][]netip.Addr{}, ttl: shortTTL},
-		pattern: make([]byte, 251*256),
+		pattern: make([]byte, 251*256), sites: o.Sites,
 	}
 	for i := range h.pattern {
 		h.pattern[i] = byte(i % 251)
@@ -157,7 +159,10 @@ func (h *CloudHost) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer h.note(func() { req.Done = true })
 	sent := func(n int) { h.note(func() { req.Sent += int64(n) }) }
 	count, isBytes := strings.CutPrefix(r.URL.Path, "/bytes/")
+	site := h.site(r.Host)
 	switch {
+	case site != nil:
+		site.ServeHTTP(w, r)
 	case isBytes:
 		n, err := strconv.ParseInt(count, 10, 64)
 		if err != nil || n < 0 {
@@ -185,6 +190,18 @@ func (h *CloudHost) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		k, _ := fmt.Fprintf(w, "seen from %v\n", req.From.Addr())
 		sent(k)
 	}
+}
+
+func (h *CloudHost) site(host string) http.Handler {
+	name, _, err := net.SplitHostPort(host)
+	if err != nil {
+		name = host
+	}
+	if s, ok := h.sites[name]; ok {
+		return s
+	}
+	_, parent, _ := strings.Cut(name, ".")
+	return h.sites["*."+parent]
 }
 
 func (h *CloudHost) note(change func()) {
