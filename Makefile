@@ -39,7 +39,7 @@ unit:
 	$(GO) test -race $$($(UNIT))
 
 e2e: build
-	$(GO) test -count=1 -timeout 8m ./internal/lab/e2e
+	$(GO) test -count=1 -timeout 20m ./internal/lab/e2e
 	$(GO) run ./internal/lab/attacks -quick
 
 # At most eight minutes. A quick part of it is in `make e2e`.
