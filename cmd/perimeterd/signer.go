@@ -152,9 +152,18 @@ func signerRights(uid uint32) signer.Rights {
 	return signer.Nothing
 }
 
+// isSigner says whether a user of this host may be the signer: root or systemd made it listen, or it did so itself.
+func isSigner(uid uint32) bool {
+	if uid == 0 || int(uid) == os.Geteuid() {
+		return true
+	}
+	u, err := user.Lookup(signerUser)
+	return err == nil && u.Uid == strconv.Itoa(int(uid))
+}
+
 // newSigner asks the signer's socket, or starts a signer where there is none.
 func newSigner(c *configs.Config, args ...string) *signer.Client {
-	return signer.NewClient(c.SignerSocket(), func() (*exec.Cmd, error) {
+	return signer.NewClient(c.SignerSocket(), isSigner, func() (*exec.Cmd, error) {
 		if c.Identity.External() {
 			return nil, errExternal
 		}

@@ -83,7 +83,7 @@ func TestSignerOnASocketThatSystemdPasses(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer cmd.Process.Kill()
-	sign := signer.NewClient(run, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
+	sign := signer.NewClient(run, func(uint32) bool { return true }, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
 	ctx := context.Background()
 	cert, err := sign.Enrol(ctx, "alice", "mac", false, time.Hour, signingRequest(t, "alice"))
 	if err != nil {
@@ -113,7 +113,7 @@ func TestSignerOnASocketThatSystemdPasses(t *testing.T) {
 func TestSignerOfTheDaemonEndsWithItAndComesBackIfItDies(t *testing.T) {
 	c := initialised(t)
 	var started []*exec.Cmd
-	sign := signer.NewClient(c.SignerSocket(), func() (*exec.Cmd, error) {
+	sign := signer.NewClient(c.SignerSocket(), func(uint32) bool { return true }, func() (*exec.Cmd, error) {
 		cmd := exec.Command("/proc/self/exe", "signer", "--pair", "--renewals", "--ca", c.Identity.CA, "--ca-key", c.Identity.CAKey)
 		cmd.Args[0] = "perimeterd"
 		started = append(started, cmd)

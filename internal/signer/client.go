@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"perimeterd/internal/identity"
 )
 
 // askPatience is how long an answer may take: one disk write and a signature, behind those of a few others.
@@ -29,17 +31,31 @@ type Client struct {
 
 // NewClient asks the signer at a socket, or where nobody listens there, one of its own that command makes, with the socket as
 // its file descriptor 3. That one starts when it is first needed, again after it ended, and ends with this process or Close.
-func NewClient(socket string, command func() (*exec.Cmd, error)) *Client {
+//
+// Trusted says of whom a signer at the socket may be: one who can put a socket there, such as a daemon that was taken over,
+// would swallow revocations.
+func NewClient(socket string, trusted func(uid uint32) bool, command func() (*exec.Cmd, error)) *Client {
 	return &Client{dial: func() (net.Conn, bool, error) {
-		c, err := net.Dial("unixpacket", socket)
-		if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
-			var cmd *exec.Cmd
-			if cmd, err = command(); err == nil {
-				c, err = start(cmd)
+		c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: socket, Net: "unixpacket"})
+		if err == nil {
+			uid, err := peer(c) // who made it listen
+			if err == nil && !trusted(uid) {
+				err = fmt.Errorf("%s: user %d listens there, who is not the signer: remove it", socket, uid)
 			}
+			if err != nil {
+				return nil, false, errors.Join(err, c.Close())
+			}
+			return c, false, nil
+		}
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+			cmd, err := command()
+			if err != nil {
+				return nil, false, err
+			}
+			c, err := start(cmd)
 			return c, true, err
 		}
-		return c, false, err
+		return nil, false, err
 	}}
 }
 
@@ -120,7 +136,14 @@ func (c *Client) sign(ctx context.Context, req request) (*x509.Certificate, erro
 	if err != nil {
 		return nil, err
 	}
-	return x509.ParseCertificate(out.Certificate)
+	cert, err := x509.ParseCertificate(out.Certificate)
+	if err != nil {
+		return nil, fmt.Errorf("the signer's answer: %w", err)
+	}
+	if csr, err := identity.ParseRequest(req.Request); err != nil || csr.Key != identity.HashKey(cert) {
+		return nil, errors.New("the signer's answer is for another key")
+	}
+	return cert, nil
 }
 
 // ask sends a request. A refusal is a *Refusal.

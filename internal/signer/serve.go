@@ -71,7 +71,7 @@ func (s *Signer) Serve(ctx context.Context, ln *net.UnixListener, rights func(ui
 				s.log.Warn("who asks is not known", "err", err)
 				return
 			}
-			if err := s.answer(c, uid, rights(uid)); err != nil {
+			if err := s.answer(c, uid, rights(uid)); err != nil && !errors.Is(err, io.EOF) { // who only looks whether it is there
 				s.log.Warn("request not answered", "uid", uid, "err", err)
 			}
 		}()

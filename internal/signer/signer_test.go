@@ -14,6 +14,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"io"
 	"log/slog"
 	"math/big"
 	"net"
@@ -544,7 +545,7 @@ func askAs(socket string) int {
 	if err != nil {
 		return 3
 	}
-	c := NewClient(socket, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
+	c := NewClient(socket, func(uint32) bool { return true }, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
 	if _, err := c.Enrol(context.Background(), "mallory", "mac", false, time.Hour, der.DER); err == nil {
 		return 0
 	}
@@ -640,7 +641,7 @@ func TestAStalledCallerStopsNobody(t *testing.T) {
 		}
 		c.Close()
 	}
-	c := NewClient(socket, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
+	c := NewClient(socket, func(uint32) bool { return true }, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
 	if _, err := c.Enrol(context.Background(), "alice", "mac", false, time.Hour, csr(t, newKey(t), "alice")); err != nil {
 		t.Error(err)
 	}
@@ -697,4 +698,58 @@ func mustJSON(t testing.TB, v any) []byte {
 		t.Fatal(err)
 	}
 	return text
+}
+
+// A daemon that was taken over listens in the signer's place.
+func TestOthersAtTheSignersSocketAreNotAsked(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: socket, Net: "unixpacket"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	asked := make(chan error, 1)
+	go func() {
+		c, err := ln.AcceptUnix()
+		if err == nil {
+			_, err = c.Read(make([]byte, 1))
+			c.Close()
+		}
+		asked <- err
+	}()
+	c := NewClient(socket, func(uid uint32) bool { return int(uid) != os.Geteuid() }, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
+	if err := c.Forget(context.Background(), "alice", ""); err == nil || !strings.Contains(err.Error(), "who is not the signer") {
+		t.Error(err)
+	}
+	if err := <-asked; !errors.Is(err, io.EOF) {
+		t.Errorf("it was asked: %v", err)
+	}
+}
+
+// Its answer for another key is no answer.
+func TestAnswerForAnotherKeyIsRefused(t *testing.T) {
+	b := newBench(t)
+	other, err := b.ca.SignClient(newKey(t).Public(), "alice", "mac", b.clock.Add(time.Hour), b.clock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket := b.path("s")
+	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: socket, Net: "unixpacket"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	go func() {
+		c, err := ln.AcceptUnix()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		c.Read(make([]byte, maxPacket))
+		c.Write(mustJSON(t, reply{Certificate: other.Raw}))
+	}()
+	c := NewClient(socket, func(uint32) bool { return true }, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
+	if _, err := c.Enrol(context.Background(), "alice", "mac", false, time.Hour, csr(t, newKey(t), "alice")); err == nil || !strings.Contains(err.Error(), "for another key") {
+		t.Error(err)
+	}
 }

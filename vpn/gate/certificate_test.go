@@ -52,7 +52,7 @@ func renewing(b *bench) *signer.Client {
 			b.t.Error(err)
 		}
 	})
-	c := signer.NewClient(socket, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
+	c := signer.NewClient(socket, func(uint32) bool { return true }, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
 	b.gate.RenewBy(Renewals{Signer: c, Users: b.users, CA: b.caFile})
 	return c
 }

@@ -80,6 +80,7 @@ func New(cfg Config, known func(netip.Addr) bool, serverKey [32]byte, cert tls.C
 	g := &Gate{cfg: cfg, serverKey: serverKey, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: logger, count: func(string) {}, watch: func(Refusal) {},
 		pace: pace{next: map[[32]byte]time.Time{}}, renewed: pace{next: map[[32]byte]time.Time{}}, known: known, callers: &callers{by: map[*counted]caller{}},
 		connections: func(session.ID) int { return 0 }, ended: map[session.ID]session.Session{}}
+	g.cert.Store(&cert)
 	released, err := store.Released()
 	if err != nil {
 		return nil, err

@@ -44,7 +44,7 @@ func TestMain(m *testing.M) {
 // handshake, and no key of hers. Its error says what it got, and should not have.
 func mint(socket string) error {
 	ctx := context.Background()
-	sign := signer.NewClient(socket, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
+	sign := signer.NewClient(socket, func(uint32) bool { return true }, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
 	text, err := os.ReadFile(os.Getenv("ALICE"))
 	if err != nil {
 		return err
