@@ -109,16 +109,32 @@ func (b *bench) startTunnel() {
 	b.store.Watch(b.tunnel.SessionEvent)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	tunnel, store := b.tunnel, b.store
+	tunnel, store, inner := b.tunnel, b.store, b.tun
 	go func() { done <- tunnel.Run(ctx, store.Note) }()
 	b.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			b.t.Error(err)
 		}
-		tunnel.Close()
+		whileTaken(inner, tunnel.Close)
 	})
 	b.t.Cleanup(b.stop)
+}
+
+// whileTaken ends a device: a packet that nobody takes would keep its peer, and so the end, for ever. A real TUN drops it.
+func whileTaken(tun *tuntest.ChannelTUN, end func()) {
+	ended := make(chan struct{})
+	go func() {
+		for {
+			select {
+			case <-tun.Inbound:
+			case <-ended:
+				return
+			}
+		}
+	}()
+	end()
+	close(ended)
 }
 
 func keyPair(t testing.TB) (private, public [32]byte) {
@@ -416,7 +432,7 @@ func newPeer(t *testing.T, server [32]byte) (dev *device.Device, bind *vpn.Bind,
 	private, public := keyPair(t)
 	bind, tun = vpn.NewBind(), tuntest.NewChannelTUN()
 	dev = device.NewDevice(tun.TUN(), bind, device.NewLogger(device.LogLevelSilent, ""))
-	t.Cleanup(dev.Close)
+	t.Cleanup(func() { whileTaken(tun, dev.Close) })
 	flight := vpn.NewFlight(netip.MustParseAddrPort("127.0.0.1:9"))
 	if err := dev.IpcSet(fmt.Sprintf("private_key=%x\npublic_key=%x\nallowed_ip=10.77.0.1/32\n", private, server)); err != nil {
 		t.Fatal(err)

@@ -35,7 +35,7 @@ func (b *bench) join(name string) *client {
 	c.public = public
 	bind := &watched{Bind: vpn.NewBind(), heed: func([]byte) bool { c.asked.Add(1); return true }}
 	c.dev = device.NewDevice(c.tun.TUN(), bind, device.NewLogger(device.LogLevelSilent, ""))
-	b.t.Cleanup(c.dev.Close)
+	b.t.Cleanup(func() { whileTaken(c.tun, c.dev.Close) })
 	must := func(err error) {
 		b.t.Helper()
 		if err != nil {
