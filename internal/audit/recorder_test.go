@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -278,6 +279,42 @@ func TestHeadsInTheLogShowWhatWasCutOff(t *testing.T) {
 		if rep := examine(t, os.DirFS(dir), known...); len(rep.Problems) != 1 || !strings.HasPrefix(rep.Problems[0].Text, "the end is cut off: ") {
 			t.Errorf("%s: %+v", name, rep)
 		}
+	}
+}
+
+// A week with a record every half day, of which two days are kept.
+func TestDaysBeginFilesOldOnesGoAndEveryHourHasItsHead(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "audit")
+	var p paper
+	synctest.Test(t, func(t *testing.T) {
+		r := NewRecorder(dir, Options{Reserved: 1, Keep: 2 * 24 * time.Hour}, slog.New(slog.NewJSONHandler(&p, nil)))
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- r.Run(ctx) }()
+		for range 14 {
+			r.Add(Record{Kind: Connection})
+			time.Sleep(12 * time.Hour)
+		}
+		time.Sleep(time.Minute)
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	files := names(t, dir)
+	if len(files) != 4 || files[0] != "00000005-2000-01-05.jsonl" {
+		t.Errorf("%v", files)
+	}
+	heads, err := LoggedHeads(strings.NewReader(p.String()), dir)
+	if n := 1 + 7*24; err != nil || len(heads) < n || len(heads) > n+1 {
+		t.Errorf("%d heads in a week, want one at the start and one an hour; %v", len(heads), err)
+	}
+	rep := examine(t, os.DirFS(dir), heads...)
+	if len(rep.Problems)+len(rep.Notes) > 0 || rep.Heads == 0 || rep.Begins == 1 {
+		t.Errorf("%+v", rep)
+	}
+	if list := all(t, dir, Filter{Kinds: []Kind{Connection}}); len(list) != 6 {
+		t.Errorf("%d records of the last days", len(list))
 	}
 }
 

@@ -130,7 +130,7 @@ func TestDaysLifeIsInTheAuditAndNoChangeOfItGoesUnseen(t *testing.T) {
 	began := s.awaitRecord("session", func(r record) bool { return r.Kind == "session-began" })
 	page := s.fails(s.curl("-f", "-w", "%{http_code}", "http://evil.example.com/")) // curl's own words for a 403
 	page = s.ok(s.curl("http://evil.example.com/")) + page
-	refusal := regexp.MustCompile(`no-rule \(([A-Z2-7]{10})\)`).FindStringSubmatch(page)
+	refusal := regexp.MustCompile(`(?s)no-rule.*\bid +([A-Z2-7]{10})\b`).FindStringSubmatch(page)
 	if refusal == nil {
 		t.Fatalf("no id in %s", page)
 	}
