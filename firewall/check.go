@@ -89,6 +89,9 @@ type bench struct {
 	conn     *tcpPeer // of a source with a window, established
 }
 
+// patience is how long a busy machine may take for what a free one does at once.
+const patience = 3 * time.Second
+
 // benchWindow is long enough for what follows an opening, and short enough to see it end.
 const benchWindow = 600 * time.Millisecond
 

@@ -25,7 +25,11 @@ func benchToken(n byte) knock.Token { return knock.Token{n, 'c', 'h', 'e', 'c', 
 
 func (b *bench) token(context.Context) (string, error) {
 	expires := time.Now().Add(time.Minute)
-	if err := b.fw.AddTokens([]Token{{benchToken(1), 7, expires}, {benchToken(2), 7, expires}, {benchToken(3), 7, expires}}); err != nil {
+	var tokens []Token
+	for n := byte(1); n <= 5; n++ {
+		tokens = append(tokens, Token{benchToken(n), 7, expires})
+	}
+	if err := b.fw.AddTokens(tokens); err != nil {
 		return "", err
 	}
 	if err := b.knockFrom(guest(3), benchToken(1)); err != nil {
@@ -39,7 +43,7 @@ func (b *bench) token(context.Context) (string, error) {
 		if o.Source != guest(3) || o.Credential != 7 || o.Token != benchToken(1) {
 			return "", fmt.Errorf("the log says %+v of a token of credential 7 from %v", o, guest(3))
 		}
-	case <-time.After(300 * time.Millisecond):
+	case <-time.After(patience):
 		return "", errors.New("the log does not report it")
 	}
 	return "opens, and the log says whose it was", nil
@@ -93,18 +97,21 @@ func (b *bench) wrong(context.Context) (string, error) {
 }
 
 func (b *bench) accept(context.Context) (string, error) {
-	if err := b.knockFrom(guest(6), benchToken(2)); err != nil {
-		return "", err
+	for _, n := range []byte{2, 4, 5} { // on a busy machine the short window may be over before the SYN
+		if err := b.knockFrom(guest(6), benchToken(n)); err != nil {
+			return "", err
+		}
+		p := b.syn(guest(6))
+		if !b.tun.answers(p) {
+			continue
+		}
+		if err := p.establish(); err != nil {
+			return "", err
+		}
+		b.conn = p
+		return "answers whoever knocked", nil
 	}
-	p := b.syn(guest(6))
-	if !b.tun.answers(p) {
-		return "", errors.New("the gate does not answer whoever knocked")
-	}
-	if err := p.establish(); err != nil {
-		return "", err
-	}
-	b.conn = p
-	return "answers whoever knocked", nil
+	return "", errors.New("the gate does not answer whoever knocked")
 }
 
 func (b *bench) sequence(context.Context) (string, error) {
@@ -136,7 +143,7 @@ func (b *bench) disorder(context.Context) (string, error) {
 
 // expiry waits for the windows that opened last.
 func (b *bench) expiry(ctx context.Context) (string, error) {
-	for deadline := time.Now().Add(benchWindow + 400*time.Millisecond); ; {
+	for deadline := time.Now().Add(benchWindow + patience); ; {
 		windows, err := b.fw.Windows()
 		switch {
 		case err != nil:
@@ -144,7 +151,7 @@ func (b *bench) expiry(ctx context.Context) (string, error) {
 		case len(windows) == 0:
 			return "the kernel closes it on time", nil
 		case time.Now().After(deadline):
-			return "", fmt.Errorf("a window of %v is open after %v", benchWindow, benchWindow+400*time.Millisecond)
+			return "", fmt.Errorf("a window of %v is open after %v", benchWindow, benchWindow+patience)
 		}
 		select {
 		case <-time.After(20 * time.Millisecond):
@@ -159,7 +166,7 @@ func (b *bench) established(context.Context) (string, error) {
 	if b.conn == nil {
 		return "", errors.New("not tried, since the gate took no connection")
 	}
-	b.gate.SetDeadline(time.Now().Add(300 * time.Millisecond))
+	b.gate.SetDeadline(time.Now().Add(patience))
 	c, err := b.gate.Accept()
 	if err != nil {
 		return "", err
@@ -168,7 +175,7 @@ func (b *bench) established(context.Context) (string, error) {
 	if err := b.conn.data("still here"); err != nil {
 		return "", err
 	}
-	c.SetDeadline(time.Now().Add(300 * time.Millisecond))
+	c.SetDeadline(time.Now().Add(patience))
 	text := make([]byte, 64)
 	if n, err := c.Read(text); err != nil || string(text[:n]) != "still here" {
 		return "", fmt.Errorf("a connection breaks when its window closes: read %q: %w", text[:n], err)

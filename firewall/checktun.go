@@ -73,7 +73,7 @@ func (t *testTUN) answers(p *tcpPeer) bool {
 		return false
 	}
 	p.seq++
-	for deadline := time.Now().Add(250 * time.Millisecond); ; {
+	for deadline := time.Now().Add(patience); ; {
 		s, ok := t.receive(deadline)
 		switch {
 		case !ok || s.from == closed && s.to == p.source:
