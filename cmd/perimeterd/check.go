@@ -17,7 +17,6 @@ import (
 
 	"perimeterd/configs"
 	"perimeterd/firewall"
-	"perimeterd/internal/control"
 	"perimeterd/internal/identity"
 )
 
@@ -181,25 +180,4 @@ func checkCertificates(_ context.Context, c *configs.Config) (string, error) {
 		return "", fmt.Errorf("one of %s and %s ends on %s: after that nobody comes in", c.Identity.CA, c.Identity.Cert, end.Format(time.DateOnly))
 	}
 	return "good until " + end.Local().Format(time.DateOnly), nil
-}
-
-func checkState(ctx context.Context, c *configs.Config) (text string, err error) {
-	err = withUsers(ctx, c, func(us users) error {
-		all, err := us.ListUsers(ctx)
-		if err != nil {
-			return err
-		}
-		active := 0
-		for _, u := range all {
-			if u.Active() {
-				active++
-			}
-		}
-		text = fmt.Sprintf("users: %d, the daemon is not running", active)
-		if _, remote := us.(*control.Client); remote {
-			text = fmt.Sprintf("users: %d, the daemon is running", active)
-		}
-		return nil
-	})
-	return text, err
 }

@@ -20,7 +20,6 @@ import (
 	"filippo.io/age/armor"
 	"github.com/pelletier/go-toml/v2"
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 
 	"perimeterd/configs"
 	"perimeterd/internal/identity"
@@ -243,37 +242,12 @@ func (o *addOptions) report(cmd *cobra.Command, end time.Time, protected bool) {
 // passphrase is empty where the profile stays unprotected.
 func (o *addOptions) passphrase() (string, error) {
 	if o.passphraseFile != "" {
-		data, err := os.ReadFile(o.passphraseFile)
-		if err != nil {
-			return "", fmt.Errorf("--passphrase-file: %w", err)
-		}
-		line, _, _ := strings.Cut(string(data), "\n")
-		if line = strings.TrimRight(line, "\r"); line == "" {
-			return "", fmt.Errorf("--passphrase-file %s: its first line is empty: write the passphrase there", o.passphraseFile)
-		}
-		return line, nil
+		return readPassphrase(o.passphraseFile)
 	}
-	if !term.IsTerminal(int(os.Stdin.Fd())) {
+	if !hasTerminal() {
 		return "", nil
 	}
-	ask := func(prompt string) (string, error) {
-		fmt.Fprint(os.Stderr, prompt)
-		b, err := term.ReadPassword(int(os.Stdin.Fd()))
-		fmt.Fprintln(os.Stderr)
-		return string(b), err
-	}
-	first, err := ask("Passphrase for the profile (empty: none): ")
-	if err != nil || first == "" {
-		return "", err
-	}
-	second, err := ask("The same again: ")
-	if err != nil {
-		return "", err
-	}
-	if first != second {
-		return "", errors.New("the passphrases differ: nothing was done, try again")
-	}
-	return first, nil
+	return choosePassphrase("Passphrase for the profile (empty: none): ")
 }
 
 // serverProfile is the part of a profile that all users have in common, and the knock master.

@@ -75,6 +75,7 @@ Exit status: 0 done, 1 failed, 2 the command line or the configuration is wrong.
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 	}
 	root.PersistentFlags().String("config", configs.DefaultPath, "configuration `FILE`")
+	root.AddCommand(newBackupCommand(), newRestoreCommand())
 	root.AddCommand(newInitCommand(), newCheckCommand(), newRunCommand(), newUserCommand(),
 		newStatusCommand(), newSessionsCommand(), newKickCommand(), newWatchCommand(),
 		newDiffCommand(), newApplyCommand(), newConfirmCommand(), newRollbackCommand())

@@ -62,15 +62,16 @@ func TestCommands(t *testing.T) {
 }
 
 var (
-	day  = regexp.MustCompile(`\b\d{4}-\d\d-\d\d\b`)
-	key  = regexp.MustCompile(`\b([0-9a-f]{64}|[0-9a-f]{16})\b`)
-	port = regexp.MustCompile(`\b[1-9]\d{3,4}\b`)
+	day   = regexp.MustCompile(`\b\d{4}-\d\d-\d\d\b`)
+	key   = regexp.MustCompile(`\b([0-9a-f]{64}|[0-9a-f]{16})\b`)
+	port  = regexp.MustCompile(`\b[1-9]\d{3,4}\b`)
+	sizes = regexp.MustCompile(`\b[0-9.]+ [kMGT]?B\b`)
 )
 
 // golden compares a command's output with a file of the script.
 func golden(ts *testscript.TestScript, neg bool, args []string) {
 	got := strings.ReplaceAll(ts.ReadFile(args[0]), ts.Getenv("WORK"), "$WORK")
-	got = day.ReplaceAllString(got, "DATE")
+	got = sizes.ReplaceAllString(day.ReplaceAllString(got, "DATE"), "SIZE")
 	got = key.ReplaceAllString(got, "KEY")
 	got = port.ReplaceAllStringFunc(got, func(s string) string {
 		if s == "1194" {
@@ -118,6 +119,7 @@ func startDaemon(ts *testscript.TestScript, neg bool, args []string) {
 	trail := beginTrail(c, slog.New(slog.DiscardHandler))
 	sessions.Watch(trail.session)
 	ops := &control.Operations{Users: identity.NewUsers(db), Sessions: sessions, Now: time.Now, Log: slog.New(slog.DiscardHandler), Audit: trail.Add, AuditDir: c.AuditDir(), Feed: trail.Feed,
+		Snapshot: db.Snapshot,
 		Status: func() control.Status {
 			return control.Status{Version: "test", Started: time.Now(), Endpoint: c.Endpoint, Egress: []string{"203.0.113.10/32"}, Limit: c.Gate.Limit}
 		}}

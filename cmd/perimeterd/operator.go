@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"log/slog"
 	"text/tabwriter"
 	"time"
@@ -13,6 +15,7 @@ import (
 	"perimeterd/internal/control"
 	"perimeterd/internal/identity"
 	"perimeterd/internal/session"
+	"perimeterd/internal/statefile"
 )
 
 // places are where the daemon answers and where the state lies: configs.Paths, or a whole *configs.Config.
@@ -22,13 +25,30 @@ type places interface {
 	AuditDir() string
 }
 
-// withUsers runs fn on the running daemon, or on the state file where none runs. The file's lock is the truth: who holds
-// it writes, so the two never write both. The daemon is asked first, since a held lock shows only after a second.
+// withUsers runs fn on the running daemon, or on the state file where none runs.
 func withUsers(ctx context.Context, p places, fn func(users) error) error {
+	return withState(ctx, p, func(daemon *control.Client) error { return fn(daemon) }, func(path string) error {
+		db, err := identity.OpenState(path)
+		if err != nil {
+			return err
+		}
+		// Sessions persist, so revoking must end them here too, or the daemon would take them up again at its start.
+		sessions, err := session.OpenBolt(db, time.Now())
+		if err == nil {
+			err = fn(audited{dir: p.AuditDir(), users: &control.Operations{Users: identity.NewUsers(db), Sessions: sessions, Now: time.Now, Log: slog.New(slog.DiscardHandler)}})
+		}
+		return errors.Join(err, db.Close())
+	})
+}
+
+// withState runs one of the two: on the running daemon, or on the path of the state file where none runs. The file's lock is
+// the truth: who holds it writes, so the two never write both. The daemon is asked first, since a held lock shows only after
+// a second.
+func withState(ctx context.Context, p places, running func(*control.Client) error, stopped func(path string) error) error {
 	daemon := control.NewClient(p.ControlSocket())
 	_, err := daemon.Status(ctx)
 	if err == nil {
-		return fn(daemon)
+		return running(daemon)
 	}
 	if !errors.Is(err, control.ErrNotRunning) {
 		return err
@@ -36,23 +56,53 @@ func withUsers(ctx context.Context, p places, fn func(users) error) error {
 	if p.StateFile() == "" {
 		return fmt.Errorf("%w; without it the state file is needed: correct state_dir in the configuration", err)
 	}
-	db, err := identity.OpenState(p.StateFile())
+	err = stopped(p.StateFile())
 	if errors.Is(err, identity.ErrStateHeld) {
 		// It began after it was asked, or it is just ending.
 		if _, e := daemon.Status(ctx); e == nil {
-			return fn(daemon)
+			return running(daemon)
 		}
 		return fmt.Errorf("%w; %s gives no answer: is it starting or stopping? Try again", err, p.ControlSocket())
 	}
-	if err != nil {
+	return err
+}
+
+// readUsers is withUsers for an fn that only lists them: the state file is only read.
+func readUsers(ctx context.Context, p places, fn func(users) error) error {
+	return withState(ctx, p, func(daemon *control.Client) error { return fn(daemon) }, func(path string) error {
+		db, err := identity.ReadState(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return fn(nobody{}) // the first user makes it
+		}
+		if err != nil {
+			return err
+		}
+		defer db.Close()
+		return fn(&control.Operations{Users: identity.NewUsers(db)})
+	})
+}
+
+type nobody struct{ users }
+
+func (nobody) ListUsers(context.Context) ([]identity.User, error) { return []identity.User{}, nil }
+
+// copyState is the state file as it is now, and whether a daemon has it; check says that the copy is not kept. Errors:
+// fs.ErrNotExist, where there is none.
+func copyState(ctx context.Context, p places, check bool) (data []byte, held bool, err error) {
+	err = withState(ctx, p, func(daemon *control.Client) error {
+		held = true
+		data, err = daemon.Backup(ctx, check)
 		return err
-	}
-	// Sessions persist, so revoking must end them here too, or the daemon would take them up again at its start.
-	sessions, err := session.OpenBolt(db, time.Now())
-	if err == nil {
-		err = fn(audited{dir: p.AuditDir(), users: &control.Operations{Users: identity.NewUsers(db), Sessions: sessions, Now: time.Now, Log: slog.New(slog.DiscardHandler)}})
-	}
-	return errors.Join(err, db.Close())
+	}, func(path string) error {
+		f, err := statefile.Hold(path, false)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		data, err = io.ReadAll(f)
+		return err
+	})
+	return data, held, err
 }
 
 func newStatusCommand() *cobra.Command {

@@ -230,6 +230,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 		},
 		Status:        statusOf(access.config, door, changes.problems, verifier.Problems, trail.problems),
 		Configuration: changes,
+		Snapshot:      db.Snapshot,
 		Listed:        verifier.Listed,
 		Forget:        sign.Forget,
 		Authority:     func() error { return takeUpAuthority(cfg.Identity, api, verifier, users, store, log) },
@@ -280,6 +281,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	}
 	g.Go(func() error { return expire(ctx, store) })
 	g.Go(func() error { return followAuthority(ctx, store, verifier, log) })
+	g.Go(func() error { return settle(ctx, users, log) })
 	g.Go(func() error {
 		return control.Serve(ctx, cfg.ControlSocket(), control.Handler(operations), func() { close(operating) })
 	})

@@ -97,7 +97,7 @@ func newUserListCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return withUsers(cmd.Context(), p, func(us users) error {
+			return readUsers(cmd.Context(), p, func(us users) error {
 				all, err := us.ListUsers(cmd.Context())
 				if err != nil {
 					return err

@@ -158,7 +158,7 @@ func newUserShowCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return withUsers(cmd.Context(), p, func(us users) error {
+			return readUsers(cmd.Context(), p, func(us users) error {
 				u, err := findUser(cmd.Context(), us, args[0])
 				if err != nil {
 					return err
@@ -289,7 +289,7 @@ share, and stays: it hides the gate, no more. Groups and settings stay too.`,
 			if c.Identity.External() {
 				return fmt.Errorf("user profile: %w: docs/migrate-openvpn.md says how a profile is made by hand", errExternal)
 			}
-			if err := withUsers(cmd.Context(), c, func(us users) error { return o.chooseDevice(cmd.Context(), us) }); err != nil {
+			if err := readUsers(cmd.Context(), c, func(us users) error { return o.chooseDevice(cmd.Context(), us) }); err != nil {
 				return err
 			}
 			return o.run(cmd, c)

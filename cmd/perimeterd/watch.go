@@ -121,7 +121,7 @@ func newExplainer(ctx context.Context, c *configs.Config, door door, source neti
 		return nil, missing(err)
 	}
 	x := &explainer{c: c, door: door, source: source, master: master[:], server: server}
-	err = withUsers(ctx, c, func(us users) (err error) {
+	err = readUsers(ctx, c, func(us users) (err error) {
 		x.users, err = us.ListUsers(ctx)
 		return err
 	})

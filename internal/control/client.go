@@ -85,26 +85,32 @@ func (c *Client) Status(ctx context.Context) (s Status, err error) {
 }
 
 func (c *Client) do(ctx context.Context, method, path string, in, out any) error {
+	body, err := c.ask(ctx, method, path, in, maxReply)
+	if err != nil || out == nil {
+		return err
+	}
+	return json.Unmarshal(body, out)
+}
+
+// ask is do, and leaves the reply as it is.
+func (c *Client) ask(ctx context.Context, method, path string, in any, limit int64) ([]byte, error) {
 	var request []byte
 	if in != nil {
 		var err error
 		if request, err = json.Marshal(in); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	res, err := c.send(ctx, &c.http, method, path, request)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer res.Body.Close()
-	body, err := io.ReadAll(http.MaxBytesReader(nil, res.Body, maxReply))
+	body, err := io.ReadAll(http.MaxBytesReader(nil, res.Body, limit))
 	if err != nil {
-		return fmt.Errorf("%s: %w", c.path, err)
+		return nil, fmt.Errorf("%s: %w", c.path, err)
 	}
-	if out == nil {
-		return nil
-	}
-	return json.Unmarshal(body, out)
+	return body, nil
 }
 
 // stream asks for an answer that may take any time. Its body must be closed.

@@ -16,6 +16,7 @@
 //	GET    /v1/audit/NAME           a file of the audit, as it is
 //	GET    /v1/events?follow=1      audit.Record, one a line; user, session, since and kind choose
 //	GET    /v1/configuration/table  firewall.Config: what the file would make of the table
+//	GET    /v1/backup               the state file, as package statefile reads it
 //
 // Refusals are vpn.ErrorReply. The daemon never sees a CA key: the enrolment carries the hash of a certificate's public
 // key, and the command that sends it made the certificate.
@@ -107,6 +108,8 @@ type Operations struct {
 	Decide func(user, to string) (Decision, error)
 	// Listed says whether a name that is not in Users may come in all the same, by an external CA's list. Nil: none may.
 	Listed func(name string) bool
+	// Snapshot writes a copy of the state file, after it told its size. Nil: none can be had.
+	Snapshot func(w io.Writer, size func(int64)) error
 }
 
 // AddUser enters a user or another device of one.
@@ -198,6 +201,9 @@ func (o *Operations) status() (s Status, err error) {
 			s.Users++
 		}
 	}
+	for _, name := range o.Users.Unwritten() {
+		s.Problems = append(s.Problems, fmt.Sprintf("the revocation of %s is not on the disk: it holds, but only until the daemon ends: make room in state_dir", name))
+	}
 	s.Sessions = len(o.Sessions.List())
 	return s, err
 }
@@ -266,6 +272,9 @@ func Handler(o *Operations) http.Handler {
 	handle("GET /v1/audit", func(*http.Request) (any, error) { return o.auditFiles() })
 	mux.HandleFunc("GET /v1/audit/{name}", o.auditFile)
 	mux.HandleFunc("GET /v1/events", o.events)
+	if o.Snapshot != nil {
+		handleBackup(mux, o)
+	}
 	handle("/", func(r *http.Request) (any, error) {
 		return nil, &vpn.APIError{Status: http.StatusNotFound, Code: vpn.CodeNotFound,
 			Message: "no such operation: " + r.Method + " " + r.URL.Path}

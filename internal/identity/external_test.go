@@ -19,14 +19,14 @@ import (
 	"testing/synctest"
 	"time"
 
-	bolt "go.etcd.io/bbolt"
+	"perimeterd/internal/statefile"
 )
 
 // outside is an external authority's gate.
 type outside struct {
 	t     testing.TB
 	ca    *CA
-	db    *bolt.DB
+	db    *statefile.DB
 	users *Users
 	clock time.Time
 	External

@@ -17,7 +17,7 @@ import (
 	"testing"
 	"time"
 
-	bolt "go.etcd.io/bbolt"
+	"perimeterd/internal/statefile"
 )
 
 var now = time.Now().Truncate(time.Second)
@@ -25,7 +25,7 @@ var now = time.Now().Truncate(time.Second)
 type fixture struct {
 	dir   string
 	ca    *CA
-	db    *bolt.DB
+	db    *statefile.DB
 	users *Users
 	clock time.Time
 	*Verifier
@@ -52,7 +52,7 @@ func newFixture(t *testing.T) *fixture {
 
 func (f *fixture) path(name string) string { return filepath.Join(f.dir, name) }
 
-func openState(t testing.TB, path string) *bolt.DB {
+func openState(t testing.TB, path string) *statefile.DB {
 	t.Helper()
 	db, err := OpenState(path)
 	if err != nil {

@@ -7,7 +7,7 @@ import (
 	"sync"
 	"time"
 
-	bolt "go.etcd.io/bbolt"
+	"perimeterd/internal/statefile"
 )
 
 // bucketSeen says when a certificate was last inside: key hash → Unix seconds, uint64. It is missing from files where nobody
@@ -19,7 +19,7 @@ const seenEvery = time.Minute
 
 // Seen remembers when certificates were last inside.
 type Seen struct {
-	db  *bolt.DB
+	db  *statefile.DB
 	log *slog.Logger
 
 	mu    sync.Mutex
@@ -27,7 +27,7 @@ type Seen struct {
 }
 
 // NewSeen writes into db, which OpenState opened.
-func NewSeen(db *bolt.DB, log *slog.Logger) *Seen {
+func NewSeen(db *statefile.DB, log *slog.Logger) *Seen {
 	return &Seen{db: db, log: log, fresh: map[KeyHash]time.Time{}}
 }
 
@@ -63,7 +63,7 @@ func (s *Seen) write() {
 	if len(fresh) == 0 {
 		return
 	}
-	err := s.db.Update(func(tx *bolt.Tx) error {
+	err := s.db.Update(func(tx *statefile.Tx) error {
 		b, err := tx.CreateBucketIfNotExists(bucketSeen)
 		if err != nil {
 			return err
@@ -85,7 +85,7 @@ func (s *Seen) write() {
 	}
 }
 
-func lastSeen(tx *bolt.Tx, key KeyHash) time.Time {
+func lastSeen(tx *statefile.Tx, key KeyHash) time.Time {
 	b := tx.Bucket(bucketSeen)
 	if b == nil {
 		return time.Time{}

@@ -5,7 +5,7 @@ import (
 	"net/netip"
 	"time"
 
-	bolt "go.etcd.io/bbolt"
+	"perimeterd/internal/statefile"
 )
 
 // Settings are what a user has of his own; zero fields are as everybody's.
@@ -83,7 +83,7 @@ func (s *Users) Set(name string, c Change) (u User, afresh bool, err error) {
 	if err := c.check(name); err != nil {
 		return User{}, false, err
 	}
-	err = s.db.Update(func(tx *bolt.Tx) error {
+	err = s.update(func(tx *statefile.Tx) error {
 		if u, err = mustGet(tx, name); err != nil {
 			return err
 		}
@@ -114,7 +114,7 @@ func (s *Users) Set(name string, c Change) (u User, afresh bool, err error) {
 }
 
 // freeAddress refuses an address that another user has.
-func freeAddress(tx *bolt.Tx, user string, a netip.Addr) error {
+func freeAddress(tx *statefile.Tx, user string, a netip.Addr) error {
 	if !a.IsValid() {
 		return nil
 	}

@@ -2,14 +2,13 @@ package identity
 
 import (
 	"errors"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	bolt "go.etcd.io/bbolt"
+	"perimeterd/internal/statefile"
 )
 
 func TestHeldStateFileSaysWhoHoldsIt(t *testing.T) {
@@ -23,66 +22,6 @@ func TestHeldStateFileSaysWhoHoldsIt(t *testing.T) {
 	if took := time.Since(began); took > 3*time.Second {
 		t.Fatalf("it took %v to say so", took)
 	}
-}
-
-func TestStateOfANewerProgramIsRefusedByName(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "state.db")
-	db := openState(t, path)
-	for schema, want := range map[string]string{
-		"2":   "schema 2 was written by a newer perimeterd, this one knows up to 1: install the newer one again",
-		"one": `its schema reads "one"`,
-	} {
-		err := db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketMeta).Put(keySchema, []byte(schema)) })
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := db.Close(); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := OpenState(path); err == nil || !strings.Contains(err.Error(), want) {
-			t.Fatalf("schema %s: %v, want %q", schema, err, want)
-		}
-		if db, err = bolt.Open(path, 0o600, nil); err != nil {
-			t.Fatal(err)
-		}
-	}
-	db.Close()
-}
-
-// A crash or a full disk may cut the file anywhere: it must open with what was committed, or be refused, but never open
-// empty-handed or bring the program down.
-func TestTornStateFileIsRefused(t *testing.T) {
-	dir := t.TempDir()
-	path := filepath.Join(dir, "state.db")
-	db := openState(t, path)
-	if _, err := NewUsers(db).Add(sampleEnrolment("alice", "mac", 1), now); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := NewUsers(db).Revoke("alice", "", now); err != nil {
-		t.Fatal(err)
-	}
-	db.Close()
-	whole, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	opened := 0
-	for size := 1; size < len(whole); size += 509 {
-		torn := filepath.Join(dir, "torn.db")
-		if err := os.WriteFile(torn, whole[:size], 0o600); err != nil {
-			t.Fatal(err)
-		}
-		db, err := OpenState(torn)
-		if err != nil {
-			continue
-		}
-		opened++
-		if u, err := NewUsers(db).Get("alice"); err == nil && u.Active() {
-			t.Errorf("cut to %d of %d bytes, the revocation is lost", size, len(whole))
-		}
-		db.Close()
-	}
-	t.Logf("%d of %d cuts opened", opened, len(whole)/509+1)
 }
 
 func sampleEnrolment(name, device string, key byte) Enrolment {
@@ -134,7 +73,7 @@ func TestCredentialIsNeverAnothers(t *testing.T) {
 	if len(seen) != 4 {
 		t.Fatalf("%v", seen)
 	}
-	err = db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketMeta).SetSequence(maxCredential) })
+	err = db.Update(func(tx *statefile.Tx) error { return tx.Bucket(bucketMeta).SetSequence(maxCredential) })
 	if err != nil {
 		t.Fatal(err)
 	}

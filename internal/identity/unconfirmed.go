@@ -5,7 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 
-	bolt "go.etcd.io/bbolt"
+	"perimeterd/internal/statefile"
 )
 
 // Unconfirmed says that a configuration file was tried and not confirmed, so that another rules until the file changes.
@@ -18,7 +18,7 @@ var keyUnconfirmed = []byte("unconfirmed")
 
 // Unconfirmed is what SetUnconfirmed recorded, or nil.
 func (m *Meta) Unconfirmed() (u *Unconfirmed, err error) {
-	err = m.db.View(func(tx *bolt.Tx) error {
+	err = m.db.View(func(tx *statefile.Tx) error {
 		v := tx.Bucket(bucketMeta).Get(keyUnconfirmed)
 		if v == nil {
 			return nil
@@ -33,7 +33,7 @@ func (m *Meta) Unconfirmed() (u *Unconfirmed, err error) {
 
 // SetUnconfirmed records it durably; nil removes the record.
 func (m *Meta) SetUnconfirmed(u *Unconfirmed) error {
-	return m.db.Update(func(tx *bolt.Tx) error {
+	return m.db.Update(func(tx *statefile.Tx) error {
 		if u == nil {
 			return tx.Bucket(bucketMeta).Delete(keyUnconfirmed)
 		}

@@ -7,9 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
-	bolt "go.etcd.io/bbolt"
+	"perimeterd/internal/statefile"
 )
 
 var (
@@ -95,10 +96,14 @@ func (e *Enrolment) nameAlone() bool {
 }
 
 // Users is the store of users.
-type Users struct{ db *bolt.DB }
+type Users struct {
+	db       *statefile.DB
+	pending  pending
+	ordering sync.Mutex // of changes; readers never take it
+}
 
 // NewUsers reads and writes the users in db, which OpenState opened.
-func NewUsers(db *bolt.DB) *Users { return &Users{db} }
+func NewUsers(db *statefile.DB) *Users { return &Users{db: db} }
 
 // Add enters a new user, gives an active one another device, or lets a revoked one in again: with his old credential id, a
 // new epoch, and none of his old certificates. A device whose certificate expired may be added again under its name.
@@ -106,7 +111,7 @@ func (s *Users) Add(e Enrolment, now time.Time) (u User, err error) {
 	if err := e.check(now); err != nil {
 		return User{}, err
 	}
-	err = s.db.Update(func(tx *bolt.Tx) error {
+	err = s.update(func(tx *statefile.Tx) error {
 		var known bool
 		if u, known, err = get(tx, e.Name); err != nil {
 			return err
@@ -171,7 +176,7 @@ func (u *User) retire(e Enrolment, now time.Time) error {
 }
 
 // unusedKey refuses a key that somebody has, or had, a certificate for: it stands for one certificate.
-func unusedKey(tx *bolt.Tx, key KeyHash) error {
+func unusedKey(tx *statefile.Tx, key KeyHash) error {
 	return each(tx, func(u User) error {
 		for _, d := range u.Devices {
 			if d.has(key) {
@@ -182,7 +187,7 @@ func unusedKey(tx *bolt.Tx, key KeyHash) error {
 	})
 }
 
-func each(tx *bolt.Tx, fn func(User) error) error {
+func each(tx *statefile.Tx, fn func(User) error) error {
 	return tx.Bucket(bucketUsers).ForEach(func(k, v []byte) error {
 		u, err := decode(k, v)
 		if err != nil {
@@ -218,17 +223,24 @@ func sameSet(a, b []string) bool {
 
 // Get finds a user, active or revoked. Errors: ErrNoUser, or of the medium.
 func (s *Users) Get(name string) (u User, err error) {
-	err = s.db.View(func(tx *bolt.Tx) error {
+	err = s.db.View(func(tx *statefile.Tx) error {
 		u, err = mustGet(tx, name)
 		return err
 	})
+	if errors.Is(err, ErrNoUser) {
+		if since, is := s.pending.user(name); is {
+			return forbidden(name, since), nil
+		}
+	}
+	s.pending.overlay(&u)
 	return u, err
 }
 
 // List is every user, revoked ones included, by name.
 func (s *Users) List() (all []User, err error) {
-	err = s.db.View(func(tx *bolt.Tx) error {
+	err = s.db.View(func(tx *statefile.Tx) error {
 		return each(tx, func(u User) error {
+			s.pending.overlay(&u)
 			for i := range u.Devices {
 				u.Devices[i].LastSeen = lastSeen(tx, u.Devices[i].ID())
 			}
@@ -241,58 +253,90 @@ func (s *Users) List() (all []User, err error) {
 
 // Revoke ends a user's right to come in, or with a device's name that device's alone, and returns what he is now. To
 // revoke again changes nothing. A device keeps the user's knock secret, which opens the window but nothing behind it.
-// Errors: ErrNoUser, or of the medium.
+// Errors: ErrNoUser, or of the medium; a revocation that could not be written holds all the same, as long as these Users live,
+// and goes with the next change, or Settle, that the medium takes.
 func (s *Users) Revoke(name, device string, now time.Time) (u User, err error) {
-	err = s.db.Update(func(tx *bolt.Tx) error {
+	s.ordering.Lock()
+	defer s.ordering.Unlock()
+	err = s.updateLocked(func(tx *statefile.Tx) error {
 		if u, err = mustGet(tx, name); err != nil {
 			return err
 		}
-		found := device == ""
-		for i := range u.Devices {
-			d := &u.Devices[i]
-			if device != "" && d.Name != device {
-				continue
-			}
-			found = true
-			if d.Revoked.IsZero() {
-				d.Revoked = now
-			}
-		}
-		if !found {
+		if !u.revoke(device, now) {
 			return fmt.Errorf("user %q: device %q is %w: `perimeterd user list` shows his devices", name, device, ErrNoUser)
-		}
-		if device == "" && u.Active() {
-			u.Revoked = now
 		}
 		return put(tx, u)
 	})
-	if err != nil {
+	switch {
+	case errors.Is(err, ErrNoUser):
 		return User{}, err
+	case err != nil:
+		s.pending.add(name, device, now)
+		return u, notOnDisk(err)
 	}
 	return u, nil
 }
 
-// Forbid enters a name that is not known here as revoked: an external authority's list would let him in without it.
+// revoke is Revoke in memory, and says whether there is such a device.
+func (u *User) revoke(device string, now time.Time) (found bool) {
+	for i := range u.Devices {
+		d := &u.Devices[i]
+		if device != "" && d.Name != device {
+			continue
+		}
+		found = true
+		if d.Revoked.IsZero() {
+			d.Revoked = now
+		}
+	}
+	if device == "" && u.Active() {
+		u.Revoked = now
+	}
+	return found || device == ""
+}
+
+// Forbid enters a name that is not known here as revoked: an external authority's list would let him in without it. Where the medium
+// refuses, it holds as Revoke does.
 func (s *Users) Forbid(name string, now time.Time) (u User, err error) {
 	if err := CheckName("user", name); err != nil {
 		return User{}, err
 	}
-	err = s.db.Update(func(tx *bolt.Tx) error {
+	s.ordering.Lock()
+	defer s.ordering.Unlock()
+	err = s.updateLocked(func(tx *statefile.Tx) error {
 		if _, known, err := get(tx, name); err != nil || known {
 			return cmp.Or(err, fmt.Errorf("user %q: %w", name, ErrUserExists))
 		}
-		u = User{Name: name, Groups: []string{}, Created: now, Revoked: now, Devices: []Device{}}
-		if u.Credential, err = nextCredential(tx); err != nil {
-			return err
-		}
-		return put(tx, u)
+		u, err = forbid(tx, name, now)
+		return err
 	})
+	if err != nil && !errors.Is(err, ErrUserExists) {
+		s.pending.add(name, "", now)
+		return forbidden(name, now), notOnDisk(err)
+	}
 	return u, err
+}
+
+func forbid(tx *statefile.Tx, name string, now time.Time) (u User, err error) {
+	u = forbidden(name, now)
+	if u.Credential, err = nextCredential(tx); err != nil {
+		return User{}, err
+	}
+	return u, put(tx, u)
+}
+
+func forbidden(name string, now time.Time) User {
+	return User{Name: name, Groups: []string{}, Created: now, Revoked: now, Devices: []Device{}}
+}
+
+func notOnDisk(err error) error {
+	return fmt.Errorf("the revocation is not on the disk: %w: a running daemon keeps the user out and tries again, but forgets it "+
+		"when it ends: make room, then revoke again to be sure", err)
 }
 
 // RaiseEpoch makes the user's knock secrets so far worthless. Errors: ErrNoUser, or of the medium.
 func (s *Users) RaiseEpoch(name string) (u User, err error) {
-	err = s.db.Update(func(tx *bolt.Tx) error {
+	err = s.update(func(tx *statefile.Tx) error {
 		if u, err = mustGet(tx, name); err != nil {
 			return err
 		}
@@ -302,7 +346,7 @@ func (s *Users) RaiseEpoch(name string) (u User, err error) {
 	return u, err
 }
 
-func mustGet(tx *bolt.Tx, name string) (User, error) {
+func mustGet(tx *statefile.Tx, name string) (User, error) {
 	u, known, err := get(tx, name)
 	if err == nil && !known {
 		err = fmt.Errorf("user %q is %w: `perimeterd user list` shows who is", name, ErrNoUser)
@@ -310,7 +354,7 @@ func mustGet(tx *bolt.Tx, name string) (User, error) {
 	return u, err
 }
 
-func get(tx *bolt.Tx, name string) (u User, known bool, err error) {
+func get(tx *statefile.Tx, name string) (u User, known bool, err error) {
 	v := tx.Bucket(bucketUsers).Get([]byte(name))
 	if v == nil {
 		return User{}, false, nil
@@ -326,7 +370,7 @@ func decode(k, v []byte) (u User, err error) {
 	return u, nil
 }
 
-func put(tx *bolt.Tx, u User) error {
+func put(tx *statefile.Tx, u User) error {
 	v, err := json.Marshal(u)
 	if err != nil {
 		return err

@@ -12,8 +12,9 @@ import (
 	"sync"
 	"time"
 
-	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
+
+	"perimeterd/internal/statefile"
 )
 
 var (
@@ -38,7 +39,7 @@ type lastHolder struct {
 
 // Bolt is the store of one bastion: a bbolt file holds the truth, an index in memory answers.
 type Bolt struct {
-	db *bolt.DB
+	db *statefile.DB
 	// now is the time of OpenBolt's caller, and goes on from there as no one can set it.
 	now func() time.Time
 
@@ -75,12 +76,12 @@ func sinceBoot() time.Duration {
 
 // OpenBolt reads the sessions in db, a state file that identity.OpenState opened. Those expired by now are dropped, with
 // no event: nothing of them is left in a process that just began.
-func OpenBolt(db *bolt.DB, now time.Time) (*Bolt, error) {
+func OpenBolt(db *statefile.DB, now time.Time) (*Bolt, error) {
 	opened := time.Now()
 	b := &Bolt{db: db, now: func() time.Time { return now.Add(time.Since(opened)) },
 		unwritten: map[ID]ended{}, byID: map[ID]record{}, byAddress: map[netip.Addr]ID{}, byOwner: map[[32]byte]map[ID]struct{}{}}
 	boot := sinceBoot()
-	err := db.Update(func(tx *bolt.Tx) error {
+	err := db.Update(func(tx *statefile.Tx) error {
 		for _, name := range [][]byte{bucketSessions, bucketKeys, bucketAddresses} {
 			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return err
@@ -148,7 +149,7 @@ func (b *Bolt) Put(s Session) error {
 	if err != nil {
 		return err
 	}
-	err = b.update(func(tx *bolt.Tx) error {
+	err = b.update(func(tx *statefile.Tx) error {
 		keys := tx.Bucket(bucketKeys)
 		if bound := keys.Get(s.PublicKey[:]); bound != nil {
 			if len(bound) < 32 || [32]byte(bound[:32]) != s.Certificate {
@@ -225,15 +226,15 @@ func (b *Bolt) end(sessions []Session, why Reason) error {
 	for _, s := range sessions {
 		b.tell(Event{Session: s, Ended: why})
 	}
-	if err := b.update(func(*bolt.Tx) error { return nil }); err != nil {
+	if err := b.update(func(*statefile.Tx) error { return nil }); err != nil {
 		return fmt.Errorf("the session ended, but the state file could not be told: %w", err)
 	}
 	return nil
 }
 
 // update commits fn together with the ends not yet written. The caller holds change.
-func (b *Bolt) update(fn func(*bolt.Tx) error) error {
-	err := b.db.Update(func(tx *bolt.Tx) error {
+func (b *Bolt) update(fn func(*statefile.Tx) error) error {
+	err := b.db.Update(func(tx *statefile.Tx) error {
 		for _, e := range b.unwritten {
 			if err := erase(tx, e); err != nil {
 				return err
@@ -247,7 +248,7 @@ func (b *Bolt) update(fn func(*bolt.Tx) error) error {
 	return err
 }
 
-func erase(tx *bolt.Tx, e ended) error {
+func erase(tx *statefile.Tx, e ended) error {
 	if err := tx.Bucket(bucketSessions).Delete(e.ID[:]); err != nil {
 		return err
 	}
@@ -279,7 +280,7 @@ func (b *Bolt) Note(seen map[ID]Seen) error {
 		b.byID[id], records[id] = r, text
 	}
 	b.index.Unlock()
-	return b.db.Update(func(tx *bolt.Tx) error {
+	return b.db.Update(func(tx *statefile.Tx) error {
 		bucket := tx.Bucket(bucketSessions)
 		for id, text := range records {
 			if bucket.Get(id[:]) == nil { // ended since
@@ -359,7 +360,7 @@ func (b *Bolt) Released() ([]Release, error) {
 		return boot - since
 	}
 	last := map[netip.Addr]Release{}
-	err := b.db.View(func(tx *bolt.Tx) error {
+	err := b.db.View(func(tx *statefile.Tx) error {
 		return tx.Bucket(bucketAddresses).ForEach(func(k, v []byte) error {
 			a, ok := netip.AddrFromSlice(k)
 			var h lastHolder
@@ -425,7 +426,7 @@ func (b *Bolt) sweepKeys(now time.Time) {
 		return len(v) == 40 && now.Sub(time.Unix(int64(binary.BigEndian.Uint64(v[32:])), 0)) > KeyMemory
 	}
 	var old [][]byte
-	err := b.db.View(func(tx *bolt.Tx) error {
+	err := b.db.View(func(tx *statefile.Tx) error {
 		c := tx.Bucket(bucketKeys).Cursor()
 		k, v := c.Seek(w.next)
 		for n := 0; k != nil && n < keysAtOnce; n++ {
@@ -442,7 +443,7 @@ func (b *Bolt) sweepKeys(now time.Time) {
 	if err != nil || len(old) == 0 {
 		return
 	}
-	_ = b.db.Update(func(tx *bolt.Tx) error {
+	_ = b.db.Update(func(tx *statefile.Tx) error {
 		keys := tx.Bucket(bucketKeys)
 		for _, k := range old {
 			if forgotten(keys.Get(k)) {

@@ -10,16 +10,16 @@ import (
 	"testing"
 	"time"
 
-	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 
 	"perimeterd/internal/session"
 	"perimeterd/internal/session/storetest"
+	"perimeterd/internal/statefile"
 )
 
-func openDB(t testing.TB, path string) *bolt.DB {
+func openDB(t testing.TB, path string) *statefile.DB {
 	t.Helper()
-	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: time.Second})
+	db, err := statefile.Open(path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -30,7 +30,7 @@ func openDB(t testing.TB, path string) *bolt.DB {
 func TestBolt(t *testing.T) {
 	storetest.Run(t, func(t *testing.T) func(time.Time) session.Store {
 		path := filepath.Join(t.TempDir(), "state.db")
-		var db *bolt.DB
+		var db *statefile.DB
 		return func(now time.Time) session.Store {
 			if db != nil {
 				db.Close()
@@ -161,7 +161,7 @@ func TestDamagedRecordKeepsTheStoreClosed(t *testing.T) {
 		t.Fatal(err)
 	}
 	id := session.NewID()
-	err := db.Update(func(tx *bolt.Tx) error {
+	err := db.Update(func(tx *statefile.Tx) error {
 		return tx.Bucket([]byte("sessions")).Put(id[:], []byte(`{"User":"mallory"}`))
 	})
 	if err != nil {

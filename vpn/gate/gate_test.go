@@ -23,13 +23,13 @@ import (
 	"testing"
 	"time"
 
-	bolt "go.etcd.io/bbolt"
 	"golang.org/x/crypto/curve25519"
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun/tuntest"
 
 	"perimeterd/internal/identity"
 	"perimeterd/internal/session"
+	"perimeterd/internal/statefile"
 	"perimeterd/vpn"
 )
 
@@ -89,7 +89,7 @@ type bench struct {
 	serverWG [32]byte
 	private  [32]byte
 	cfg      Config
-	db       *bolt.DB
+	db       *statefile.DB
 	log      *slog.Logger
 	stop     func() // of the tunnel
 	now      func() time.Time

@@ -49,7 +49,7 @@ func New(d *lab.Daemon, n int) (*Roster, error) {
 	if err != nil {
 		return nil, err
 	}
-	db.NoSync = true // once at the end, instead of for each
+	db.SyncLate() // once at the end, instead of for each
 	users := identity.NewUsers(db)
 	now := time.Now()
 	for i := range n {

@@ -110,7 +110,7 @@ func (s *Swarm) enrol(cfg *configs.Config, valid []time.Duration) error {
 		return err
 	}
 	defer db.Close()
-	db.NoSync = true
+	db.SyncLate()
 	users, now := identity.NewUsers(db), time.Now()
 	for i, life := range valid {
 		name := fmt.Sprintf("member%d", i)
