@@ -47,7 +47,7 @@ type Session struct {
 	Device       string     // device of the certificate, else the one the client named; may be empty
 	Groups       []string   // the user's groups when the session began
 	Credential   uint32     // the user's stable number in kernel maps
-	Certificate  [32]byte   // SHA-256 of the certificate's public key (SubjectPublicKeyInfo)
+	Certificate  [32]byte   // SHA-256 of the public key (SubjectPublicKeyInfo) of the certificate, or of the first one where it was renewed
 	Chain        [][]byte   // the certificate and what led to its authority, DER: whether it would be let in now can be asked
 	PublicKey    Key        // of the client
 	PresharedKey Key        // secret: never logged, never listed

@@ -89,7 +89,6 @@ func New(cfg Config, known func(netip.Addr) bool, serverKey [32]byte, cert tls.C
 	for _, r := range released {
 		g.pool.Rest(r.Address, owner(r.User, r.Device), now.Add(-r.Ago))
 	}
-	g.cert.Store(&cert)
 	for _, s := range store.List() {
 		g.pool.Hold(s.Address, owner(s.User, s.Device))
 	}
