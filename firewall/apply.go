@@ -220,7 +220,8 @@ func (f *Firewall) writeLocked(cfg Config) error {
 		} else {
 			b.buildTrial(cfg, *f.next, time.Now())
 		}
-		if !slices.EqualFunc(f.cfg.Sequences, cfg.Sequences, knock.Sequence.Equal) {
+		// Progress is made in one automaton. That of a trial may be another than the trial before it had.
+		if f.next != nil || !slices.EqualFunc(f.cfg.Sequences, cfg.Sequences, knock.Sequence.Equal) {
 			b.conn.FlushSet(b.sets["progress4"])
 			b.conn.FlushSet(b.sets["progress6"])
 		}

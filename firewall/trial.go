@@ -43,7 +43,8 @@ const (
 // nothing under the other.
 const trialState = 1 << (knock.ClassShift - 1)
 
-// Try makes the kernel judge by trial until the time given, and by good from then on. Apply ends it before.
+// Try makes the kernel judge by trial until the time given, and by good from then on. Apply ends it before. Windows that
+// open meanwhile are no longer than good would have them, since they outlive the trial.
 func (f *Firewall) Try(good, trial Config, until time.Time) error {
 	if life := time.Until(until); life < time.Second {
 		return fmt.Errorf("a trial of %v is too short to confirm it: take a minute", life)
@@ -51,6 +52,7 @@ func (f *Firewall) Try(good, trial Config, until time.Time) error {
 	if trial.Mode != Guard && trial.Mode != Host {
 		return fmt.Errorf("firewall.mode %q: want %q or %q", trial.Mode, Guard, Host)
 	}
+	trial.Window = min(trial.Window, good.Window)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	_, err := f.replaceLocked(good, &next{trial, until})

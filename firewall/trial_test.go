@@ -179,6 +179,41 @@ func TestEachConfigurationHasItsOwnSequences(t *testing.T) {
 	}
 }
 
+func TestProgressOfOneTrialIsNoneInTheNext(t *testing.T) {
+	good, first, second := example(), example(), example()
+	first.Sequences = []knock.Sequence{sequence(t, "7001", "9007", "8003")}
+	second.Sequences = []knock.Sequence{sequence(t, "1111", "2222", "3333")}
+	r := newRoom(t, good)
+	if err := r.fw.Try(good, first, time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	r.stockKnock("7001", "9007")
+	if _, err := r.fw.Apply(good); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.fw.Try(good, second, time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	r.stockKnock("3333")
+	if r.accepted(r.Client.Addr) {
+		t.Error("two knocks of one trial and the last of another opened")
+	}
+}
+
+func TestWindowsOfATrialAreNoLongerThanTheGoodOnes(t *testing.T) {
+	good, trial := example(), withSequence(t)
+	good.Window, trial.Window = 2*time.Second, time.Hour
+	r := newRoom(t, good)
+	if err := r.fw.Try(good, trial, time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	r.stockKnock("7102", "19044:udp", "33127")
+	windows, err := r.fw.Windows()
+	if err != nil || len(windows) != 1 || time.Until(windows[0].Expires) > good.Window {
+		t.Errorf("%+v %v", windows, err)
+	}
+}
+
 func TestTrialSurvivesADeletedTableWithWhatIsLeftOfItsTime(t *testing.T) {
 	r := newRoomWith(t, example(), true)
 	r.serve(22)

@@ -66,17 +66,17 @@ With the daemon stopped it makes the nftables table, which is closed to all who 
 
 // applyStopped makes the table without a daemon. Nobody gets in by it: what a sequence opens has nothing behind it.
 func applyStopped(out io.Writer, cfg *configs.Config) error {
-	return withTable(cfg, func(table firewall.Config) error {
+	return withTable(cfg, func(table firewall.Config, meta *identity.Meta) error {
 		if _, err := firewall.New(slog.New(slog.DiscardHandler), 0).Apply(table); err != nil {
 			return err
 		}
 		fmt.Fprintf(out, "table inet %s is as %s says; the daemon is not running.\n", firewall.TableName, cfg.File)
-		return nil
+		return meta.SetUnconfirmed(nil) // somebody said so
 	})
 }
 
 // withTable completes the table's configuration from the state file, which no daemon holds.
-func withTable(cfg *configs.Config, fn func(firewall.Config) error) error {
+func withTable(cfg *configs.Config, fn func(firewall.Config, *identity.Meta) error) error {
 	db, err := identity.OpenState(cfg.StateFile())
 	if err != nil {
 		return err
@@ -86,16 +86,12 @@ func withTable(cfg *configs.Config, fn func(firewall.Config) error) error {
 	if err != nil {
 		return err
 	}
-	log := slog.New(slog.DiscardHandler)
 	meta := identity.NewMeta(db)
-	if cfg, err = lastGood(cfg, meta, log); err != nil {
-		return err
-	}
-	table, err := tableConfig(cfg, &credentials{users: identity.NewUsers(db), meta: meta}, gid, log)
+	table, err := tableConfig(cfg, &credentials{users: identity.NewUsers(db), meta: meta}, gid, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}
-	return fn(table)
+	return fn(table, meta)
 }
 
 func newConfirmCommand() *cobra.Command {
@@ -150,7 +146,7 @@ configuration, as proxy rules, is not in it. It takes root. Nothing is printed w
 			table, err := control.NewClient(cfg.ControlSocket()).Table(cmd.Context())
 			switch {
 			case errors.Is(err, control.ErrNotRunning):
-				return withTable(cfg, show)
+				return withTable(cfg, func(table firewall.Config, _ *identity.Meta) error { return show(table) })
 			case err != nil:
 				return err
 			}

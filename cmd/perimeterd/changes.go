@@ -7,10 +7,8 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"os/signal"
 	"reflect"
 	"sync"
-	"syscall"
 	"time"
 
 	"perimeterd/configs"
@@ -44,11 +42,8 @@ const (
 	maxTrial = time.Hour
 )
 
-// Run reloads on SIGHUP, until ctx ends.
-func (c *changes) Run(ctx context.Context) error {
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, syscall.SIGHUP)
-	defer signal.Stop(hup)
+// Run reloads on every SIGHUP, until ctx ends.
+func (c *changes) Run(ctx context.Context, hup <-chan os.Signal) error {
 	for {
 		select {
 		case <-ctx.Done():
@@ -59,14 +54,17 @@ func (c *changes) Run(ctx context.Context) error {
 			}
 			return nil
 		case <-hup:
-			_, err := c.Apply(0) // it says itself what went wrong
+			_, err := c.apply(0, false) // it says itself what went wrong
 			c.tell("reload", err)
 		}
 	}
 }
 
 // Apply takes up the file as it is now; with a positive trial, only until that is over, unless Confirm is called.
-func (c *changes) Apply(trial time.Duration) (a control.Applied, err error) {
+func (c *changes) Apply(trial time.Duration) (control.Applied, error) { return c.apply(trial, true) }
+
+// apply is Apply; asked for by a signal, as after every rotation of a log, it does not take up what nobody confirmed.
+func (c *changes) apply(trial time.Duration, asked bool) (a control.Applied, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	defer func() {
@@ -80,6 +78,15 @@ func (c *changes) Apply(trial time.Duration) (a control.Applied, err error) {
 	}
 	if trial != 0 {
 		return c.tryLocked(next, trial)
+	}
+	if !asked {
+		u, err := c.meta.Unconfirmed()
+		if err != nil {
+			return a, err
+		}
+		if u != nil && u.File == sha256.Sum256(next.Text) {
+			return a, fmt.Errorf("%s was tried and not confirmed: change it, or `perimeterd apply` takes it up as it is", next.File)
+		}
 	}
 	if err := c.takeLocked(c.good, next); err != nil {
 		return a, err

@@ -52,6 +52,9 @@ open windows expire on time, sessions come back with the next start.`,
 func run(ctx context.Context, cfg *configs.Config) (err error) {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
+	hup := make(chan os.Signal, 1) // from the first moment, or one that comes early would end the daemon
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
 	log := newLog(cfg.Log)
 	// While this process is still root's: a signer of its own becomes another user.
 	sign := newSigner(cfg, "--renewals")
@@ -288,7 +291,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	g.Go(func() error {
 		return control.ServeReaders(ctx, cfg.ControlSocket(), control.ReadersHandler(operations))
 	})
-	g.Go(func() error { return changes.Run(ctx) })
+	g.Go(func() error { return changes.Run(ctx, hup) })
 	g.Go(func() error {
 		for _, part := range []chan struct{}{observing, operating} {
 			select {

@@ -37,15 +37,19 @@ func (a *access) userChanged(string) error {
 	return errors.Join(a.loadTokens(), a.write(a.cfg, a.trial))
 }
 
-// configure makes another configuration the door's, and ends a trial.
+// configure makes another configuration the door's, and ends a trial. What only the one before would have opened is shut.
 func (a *access) configure(cfg *configs.Config) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	table, err := a.table(cfg)
+	if err != nil {
+		return err
+	}
 	if err := a.write(cfg, nil); err != nil {
 		return err
 	}
 	a.cfg, a.trial = cfg, nil
-	return nil
+	return a.closeStale(table)
 }
 
 // try makes another configuration the door's until the time given.
@@ -102,7 +106,7 @@ func (a *access) loadTokens() error {
 	return a.tokens.Set(list, time.Now())
 }
 
-// closeStale ends windows that the table kept from an earlier run for users who are out since, or sequences that are gone.
+// closeStale ends windows that the table kept for users who are out since, or of sequences that are gone.
 func (a *access) closeStale(table firewall.Config) error {
 	list, err := a.names.load()
 	if err != nil {

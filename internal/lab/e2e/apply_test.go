@@ -82,7 +82,13 @@ func TestApplyOnTrialComesBackByItself(t *testing.T) {
 			} else if err := s.daemon.Start(s.ctx); err != nil {
 				t.Fatal(err)
 			}
-			// What nobody confirmed is not taken up by a restart either, until somebody says so.
+			// What nobody confirmed is not taken up by a signal or a restart either, until somebody says so.
+			if err := s.daemon.Signal(syscall.SIGHUP); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.daemon.Await(s.ctx, "configuration not taken up: the old one goes on", 1); err != nil {
+				t.Fatal(err)
+			}
 			if !strings.Contains(s.perimeterd("status"), "tried and not confirmed") {
 				t.Error("status does not say which configuration rules")
 			}
@@ -104,6 +110,21 @@ func TestApplyOnTrialComesBackByItself(t *testing.T) {
 				t.Error("status still speaks of a trial")
 			}
 		})
+	}
+}
+
+func TestWindowsOfASequenceEndWithIt(t *testing.T) {
+	s := newStage(t, lab.Options{})
+	s.ok(s.Client.Command(s.ctx, "/usr/bin/knock", append([]string{"-d", "20", s.Bastion.Addr.String()}, s.sequence()...)...))
+	if got := s.answer(s.Client, "", s.Bastion.Addr.String(), 1194); got != "open" {
+		t.Fatalf("after the sequence the gate is %s", got)
+	}
+	if err := s.daemon.Set(lab.Setting{Key: "name", Value: `"other"`}); err != nil {
+		t.Fatal(err)
+	}
+	s.perimeterd("apply")
+	if got := s.answer(s.Client, "", s.Bastion.Addr.String(), 1194); got != "silent" {
+		t.Errorf("the sequence is gone, and the gate is %s to whom it let in", got)
 	}
 }
 
