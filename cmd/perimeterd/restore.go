@@ -454,6 +454,7 @@ func (r *restoration) finishState(file string) error {
 			return err
 		}
 		r.kept.Revoked, r.kept.Missing = append(r.kept.Revoked, kept.Revoked...), append(r.kept.Missing, kept.Missing...)
+		r.kept.Renewed = append(r.kept.Renewed, kept.Renewed...)
 		if err := session.Carry(db, r.now, h.file, h.size); err != nil {
 			return err
 		}
@@ -477,7 +478,7 @@ func (r *restoration) finishRecord(at func(name string) string) error {
 	if !beside || !r.manifest.Has(key) || !r.manifest.Has(record) {
 		return nil
 	}
-	for _, who := range slices.Concat(r.kept.Revoked, r.kept.Missing) {
+	for _, who := range slices.Concat(r.kept.Revoked, r.kept.Missing, r.kept.Renewed) {
 		user, _, _ := strings.Cut(who, "/")
 		user, _, _ = strings.Cut(user, " ")
 		// A lost record costs renewals and nothing else.
@@ -520,6 +521,7 @@ func (r *restoration) report(out io.Writer) {
 	}
 	list("Revoked since the backup, and still", r.kept.Revoked)
 	list("Not in the backup, or revoked there, so they stay out until they are added again", r.kept.Missing)
+	list("Renewed since the backup: the new certificates hold, and cannot be renewed again before `perimeterd user profile`", r.kept.Renewed)
 	list("Not known on this host, so root owns what was theirs", r.manifest.Unknown())
 	for _, f := range r.c.Identity.Files() {
 		if _, beside := nameOf(r.c.Dir, f.Path); f.Path != "" && !beside {

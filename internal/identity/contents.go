@@ -54,14 +54,15 @@ func (c Contents) Count() (active, revoked, devices int) {
 	return active, revoked, devices
 }
 
-// Kept is what Carry did, by "USER", "USER/DEVICE" and "USER (groups)".
+// Kept is what Carry did, by "USER", "USER/DEVICE" and "USER (groups)". Renewed certificates hold, the ones before them do not.
 type Kept struct {
 	Revoked []string // who would have been let in again, or into more, and is not
 	Missing []string // who could come in there and cannot here, for this state does not have them
+	Renewed []string // whose certificate is another one since
 }
 
 // Carry takes over of a state what would make this one, which is of the same bastion, older, and put in its place, less closed:
-// revocations, the epochs of knock secrets, groups that somebody is out of, the token steps, and credential ids that were given away. Users
+// revocations, the epochs of knock secrets, groups that somebody is out of, renewals, the token steps, and credential ids that were given away. Users
 // whom this one does not know are entered as revoked.
 func Carry(db *statefile.DB, from Contents, now time.Time) (k Kept, err error) {
 	err = db.Update(func(tx *statefile.Tx) error {
@@ -98,6 +99,9 @@ func Carry(db *statefile.DB, from Contents, now time.Time) (k Kept, err error) {
 
 func (k *Kept) carry(u *User, from User) {
 	u.Epoch = max(u.Epoch, from.Epoch)
+	if from.Barred.After(u.Barred) {
+		u.Barred = from.Barred
+	}
 	switch {
 	case u.Active() && !from.Active():
 		u.revoke("", from.Revoked)
@@ -114,12 +118,21 @@ func (k *Kept) carry(u *User, from User) {
 		}
 	}
 	for _, d := range from.Devices {
-		i := slices.IndexFunc(u.Devices, func(own Device) bool { return own.Key == d.Key })
-		switch {
-		case i < 0 && d.Revoked.IsZero():
-			k.Missing = append(k.Missing, u.Name+"/"+d.Name)
-		case i >= 0 && u.Devices[i].Revoked.IsZero() && !d.Revoked.IsZero():
-			u.Devices[i].Revoked = d.Revoked
+		i := slices.IndexFunc(u.Devices, func(own Device) bool { return own.ID() == d.ID() })
+		if i < 0 {
+			if d.Revoked.IsZero() {
+				k.Missing = append(k.Missing, u.Name+"/"+d.Name)
+			}
+			continue
+		}
+		own := &u.Devices[i]
+		if own.Key != d.Key || d.Next != nil && (own.Next == nil || own.Next.Key != d.Next.Key) {
+			k.Renewed = append(k.Renewed, u.Name+"/"+d.Name)
+		}
+		// Once it was renewed, the one that it had is refused.
+		own.Key, own.Issuer, own.NotAfter, own.First, own.Old, own.Next = d.Key, d.Issuer, d.NotAfter, d.First, d.Old, d.Next
+		if own.Revoked.IsZero() && !d.Revoked.IsZero() {
+			own.Revoked = d.Revoked
 			k.Revoked = append(k.Revoked, u.Name+"/"+d.Name)
 		}
 	}

@@ -80,6 +80,13 @@ func TestCarryKeepsWhatWasClosed(t *testing.T) {
 	if _, err := users.RaiseEpoch("dora"); err != nil {
 		t.Fatal(err)
 	}
+	next := Successor{Key: KeyHash{99}, NotAfter: now.Add(2 * time.Hour)}
+	if _, err := users.Renew("dora", KeyHash{4, 1}, next, now); err != nil {
+		t.Fatal(err)
+	}
+	if err := users.Used("dora", next.Key); err != nil {
+		t.Fatal(err)
+	}
 	last, err := meta.SequenceCredential("new sequence")
 	if err != nil {
 		t.Fatal(err)
@@ -103,6 +110,9 @@ func TestCarryKeepsWhatWasClosed(t *testing.T) {
 	if want := []string{"alice/phone", "emil", "frida"}; !slices.Equal(k.Missing, want) {
 		t.Errorf("missing: %v, want %v", k.Missing, want)
 	}
+	if want := []string{"dora/mac"}; !slices.Equal(k.Renewed, want) {
+		t.Errorf("renewed: %v, want %v", k.Renewed, want)
+	}
 	users, meta = NewUsers(db), NewMeta(db)
 	get := func(name string) User {
 		t.Helper()
@@ -123,7 +133,7 @@ func TestCarryKeepsWhatWasClosed(t *testing.T) {
 	if c := get("carol"); !c.Active() || !slices.Equal(c.Groups, []string{"db"}) {
 		t.Errorf("carol: %+v", c)
 	}
-	if d := get("dora"); !d.Active() || d.Epoch != 1 {
+	if d := get("dora"); !d.Active() || d.Epoch != 1 || len(d.Devices) != 1 || d.Devices[0].Key != next.Key || !d.Devices[0].has(KeyHash{4, 1}) {
 		t.Errorf("dora: %+v", d)
 	}
 	if e := get("emil"); e.Epoch != 1 {

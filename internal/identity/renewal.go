@@ -43,7 +43,7 @@ func (d Device) has(key KeyHash) bool {
 // Renew enters a successor of the user's certificate with the key old. A successor that was never used makes room. Errors:
 // ErrNoUser, ErrNotRenewed, ErrUserExists where the key is somebody's already, or of the medium.
 func (s *Users) Renew(name string, old KeyHash, next Successor, now time.Time) (u User, err error) {
-	err = s.db.Update(func(tx *statefile.Tx) error {
+	err = s.update(func(tx *statefile.Tx) error {
 		if u, err = mustGet(tx, name); err != nil {
 			return err
 		}
@@ -71,7 +71,7 @@ func (s *Users) Renew(name string, old KeyHash, next Successor, now time.Time) (
 // Used makes a successor the device's certificate: from now on the one before it is refused. One that is so already changes
 // nothing. Errors: ErrNoUser, or of the medium.
 func (s *Users) Used(name string, key KeyHash) error {
-	return s.db.Update(func(tx *statefile.Tx) error {
+	return s.update(func(tx *statefile.Tx) error {
 		u, err := mustGet(tx, name)
 		if err != nil {
 			return err
