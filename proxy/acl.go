@@ -38,13 +38,18 @@ type rule struct {
 	number   int
 	to       *matcher
 	except   *matcher
-	ports    []uint16
+	ports    portSet
 	anyPort  bool
 	groups   []string
 	users    []string
 	everyone bool
 	tls      bool
 }
+
+// portSet has a bit for each port.
+type portSet [1 << 16 / 64]uint64
+
+func (s *portSet) has(p uint16) bool { return s[p/64]&(1<<(p%64)) != 0 }
 
 // Compile checks the configuration and builds its policy. Every mistake is named, in one error.
 func Compile(c Config) (*Policy, error) {
@@ -110,9 +115,12 @@ func compileRule(n int, r Rule, regions []string) (c rule, errs []error) {
 	}
 	c = rule{
 		number: n, tls: r.TLS,
-		ports: slices.Clone(r.Ports), anyPort: denies && len(r.Ports) == 0,
-		groups: slices.Clone(r.Groups), users: slices.Clone(r.Users),
+		anyPort: denies && len(r.Ports) == 0,
+		groups:  slices.Clone(r.Groups), users: slices.Clone(r.Users),
 		everyone: slices.Contains(r.Groups, "*") || denies && len(r.Groups) == 0 && len(r.Users) == 0,
+	}
+	for _, p := range r.Ports {
+		c.ports[p/64] |= 1 << (p % 64)
 	}
 	what, patterns := "allow", r.Allow
 	if denies {
@@ -132,7 +140,7 @@ func compileRule(n int, r Rule, regions []string) (c rule, errs []error) {
 
 // concerns reports whether the rule is about this user and port.
 func (r *rule) concerns(q Request) bool {
-	return (r.anyPort || slices.Contains(r.ports, q.Destination.Port)) && r.isFor(q.User, q.Groups)
+	return (r.anyPort || r.ports.has(q.Destination.Port)) && r.isFor(q.User, q.Groups)
 }
 
 func (r *rule) isFor(user string, groups []string) bool {

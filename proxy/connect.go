@@ -17,7 +17,7 @@ const (
 
 // connect serves CONNECT. Src may hold what the client has sent already.
 func (s *Server) connect(l *link, h head, src *source) {
-	a := s.begin(l, h.method, h.target)
+	a := s.begin(l, h.method, "")
 	t, err := s.open(l, h, a)
 	if err != nil {
 		src.release()
@@ -68,6 +68,7 @@ func (s *Server) connect(l *link, h head, src *source) {
 func (s *Server) open(l *link, h head, a *Access) (*tunnel, error) {
 	to, err := h.destination()
 	if err != nil {
+		a.Target = quote(h.target)
 		return nil, &refusal{reason: reasonOf(err), cause: err}
 	}
 	a.Destination = to
@@ -93,6 +94,7 @@ func (s *Server) open(l *link, h head, a *Access) (*tunnel, error) {
 	}
 	a.Dialed = remote(server)
 	t := newTunnel(l, server)
+	t.parking = s.parking
 	if !l.attach(t) {
 		return nil, &refusal{reason: l.why()}
 	}

@@ -81,7 +81,7 @@ func ParseAuthority(s string) (Destination, error) {
 	if err != nil || port[0] == '0' {
 		return bad("the port is not a number from 1 to 65535 without leading zeros")
 	}
-	d.Port = uint16(n)
+	d.Name, d.Port = strings.Clone(d.Name), uint16(n) // a piece of s would keep all of it, and what s is a piece of
 	return d, nil
 }
 

@@ -4,7 +4,9 @@ import (
 	"context"
 	"crypto/rand"
 	"log/slog"
+	"net/http"
 	"net/netip"
+	"strings"
 	"time"
 
 	"perimeterd/internal/session"
@@ -37,8 +39,11 @@ func (s *Server) begin(l *link, method, target string) *Access {
 		ID: rand.Text()[:10], Began: time.Now(),
 		User: l.who.user, Session: l.who.session, Device: l.who.device, Source: l.source,
 	}
-	if a.Method = method; !isToken(method) || len(method) > 32 {
-		a.Method = ""
+	switch {
+	case method == http.MethodConnect:
+		a.Method = http.MethodConnect
+	case isToken(method) && len(method) <= 32:
+		a.Method = strings.Clone(method) // not the head that it is a piece of
 	}
 	if target != "" {
 		a.Target = quote(target)

@@ -78,6 +78,9 @@ func (s *source) wait() error {
 	return s.err
 }
 
+// disturb ends the wait under way, or the next one.
+func (s *source) disturb() { s.conn.SetReadDeadline(time.Unix(1, 0)) }
+
 func (s *source) bytes() []byte {
 	if s.buf == nil {
 		return nil
@@ -114,25 +117,40 @@ func (s *source) release() {
 
 // ends waits, after the end of the stream, for what may still come: an error, or the connection being closed here.
 func (s *source) ends() error {
-	err := s.raw.Read(func(fd uintptr) bool {
-		errno, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
-		if s.err = err; err == nil && errno != 0 {
-			s.err = unix.Errno(errno)
+	for {
+		err := s.raw.Read(func(fd uintptr) bool {
+			errno, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
+			if s.err = err; err == nil && errno != 0 {
+				s.err = unix.Errno(errno)
+			}
+			return s.err != nil
+		})
+		if err == nil {
+			err = s.err
 		}
-		return s.err != nil
-	})
-	if err != nil {
-		return err
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
+		if err := s.conn.SetReadDeadline(time.Time{}); err != nil {
+			return err
+		}
 	}
-	return s.err
 }
+
+// errDisturbed is returned by pump.
+var errDisturbed = errors.New("disturbed")
 
 // errWrite marks an error of the receiving side.
 type errWrite struct{ error }
 
 // flow is one direction of a tunnel.
 type flow struct {
+	tunnel   *tunnel
+	src      *source
 	to       *net.TCPConn
+	ticket   uint64       // of the parking; 0: it has not been there
+	quiet    atomic.Bool  // parked, or past its end: not to be disturbed
+	seen     atomic.Int64 // of moved, the last time that it was looked whether anything moves
 	moved    atomic.Int64 // bytes that its socket has taken; in a splice they are counted piece by piece
 	splicing atomic.Bool
 	told     int64 // of moved, to who counts it; the link's lock's
@@ -145,10 +163,11 @@ func (f *flow) untold() int64 {
 	return n
 }
 
-// pump copies from src until the end of the stream, and hands the end on.
-func (f *flow) pump(src *source) error {
+// pump copies until the end of the stream, and hands the end on. It returns errDisturbed when it waited and was disturbed, and
+// may be called again.
+func (f *flow) pump() error {
+	src, dst := f.src, f.to
 	defer src.release()
-	dst := f.to
 	full := 0
 	for {
 		if err := src.wait(); err == io.EOF {
@@ -156,6 +175,11 @@ func (f *flow) pump(src *source) error {
 				return errWrite{err}
 			}
 			return nil
+		} else if errors.Is(err, os.ErrDeadlineExceeded) {
+			if err = src.conn.SetReadDeadline(time.Time{}); err == nil {
+				err = errDisturbed
+			}
+			return err
 		} else if err != nil {
 			return err
 		}
@@ -204,40 +228,74 @@ type tunnel struct {
 	ended    atomic.Int32 // streams that have come to their end
 	left     atomic.Int32 // directions that still run
 	finish   func(*tunnel)
+	parking  *parking
 }
 
 func newTunnel(l *link, server *net.TCPConn) *tunnel {
 	t := &tunnel{link: l, server: server}
-	t.up.to, t.down.to = server, l.client
+	t.up.tunnel, t.up.to = t, server
+	t.down.tunnel, t.down.to = t, l.client
 	return t
 }
 
 func (t *tunnel) upward() *flow   { return &t.up }
 func (t *tunnel) downward() *flow { return &t.down }
 
-// start relays in two goroutines of their own, whose stacks stay small. Whichever is last calls finish.
+// start relays. Each direction has a goroutine of its own, whose stack stays small, until it is silent and parks. Whichever
+// is last calls finish.
 func (t *tunnel) start(fromClient, fromServer *source) {
+	t.up.src, t.down.src = fromClient, fromServer
 	t.left.Store(2)
-	go t.run(&t.up, fromClient, ClientReset, ServerReset)
-	go t.run(&t.down, fromServer, ServerReset, ClientReset)
+	go t.up.run()
+	go t.down.run()
 }
 
-func (t *tunnel) run(f *flow, src *source, readFailed, writeFailed Reason) {
-	err := f.pump(src)
+// rest sends directions that have moved nothing since the last time to the parking.
+func (t *tunnel) rest() {
+	if t.left.Load() == 0 {
+		return
+	}
+	for _, f := range []*flow{&t.up, &t.down} {
+		if n := f.moved.Load(); n == f.seen.Swap(n) && !f.quiet.Load() && !f.splicing.Load() {
+			f.src.disturb()
+		}
+	}
+}
+
+// wake has directions that are parked find out that their sockets are closed.
+func (t *tunnel) wake() {
+	if t.left.Load() > 0 {
+		t.parking.wakeFlow(&t.up)
+		t.parking.wakeFlow(&t.down)
+	}
+}
+
+func (f *flow) run() {
+	t := f.tunnel
+	err := f.pump()
+	for ; err == errDisturbed; err = f.pump() {
+		if t.parking.enter(f) {
+			return
+		}
+	}
 	if err == nil {
 		if t.ended.Add(1) == 2 {
 			t.link.close()
 		} else {
 			// A reset may follow an end: the other side must not take what it got for whole.
-			err = src.ends()
+			f.quiet.Store(true)
+			err = f.src.ends()
 		}
 	}
 	if err != nil { // a link that has ended already keeps its reason
-		why := readFailed
-		if errors.As(err, new(errWrite)) {
-			why = writeFailed
+		read, write := ClientReset, ServerReset
+		if f == &t.down {
+			read, write = write, read
 		}
-		t.link.end(why)
+		if errors.As(err, new(errWrite)) {
+			read = write
+		}
+		t.link.end(read)
 	}
 	if t.left.Add(-1) == 0 {
 		t.finish(t)

@@ -42,6 +42,7 @@ type Server struct {
 	dialer   *dialer
 	links    *registry
 	buffers  *sync.Pool
+	parking  *parking
 	plain    *plain
 }
 
@@ -71,6 +72,9 @@ func New(cfg Config, sessions Sessions, log *slog.Logger) (*Server, error) {
 		sessions: sessions, log: log, dialer: newDialer(), links: newRegistry(),
 		buffers: &sync.Pool{New: func() any { b := make([]byte, bufferSize); return &b }},
 	}
+	if s.parking, err = newParking(); err != nil {
+		return nil, err
+	}
 	s.state.Store(st)
 	s.plain = newPlain(s)
 	return s, nil
@@ -88,17 +92,22 @@ func compile(cfg Config) (*state, error) {
 func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
+	closed := make(chan struct{})
+	context.AfterFunc(ctx, func() {
+		defer close(closed)
+		l.Close()
+	})
 	s.checkFiles()
 	var tasks sync.WaitGroup
 	tasks.Go(func() { s.sweep(ctx) })
 	tasks.Go(func() { s.pace(ctx) })
+	tasks.Go(s.parking.run)
 	tasks.Go(s.plain.run)
 	err := s.accept(ctx, l)
 	cancel()
-	l.Close()
+	<-closed
 	<-s.links.close(Shutdown)
+	s.parking.close()
 	s.plain.close()
 	tasks.Wait()
 	return err
@@ -285,7 +294,7 @@ func (s *Server) Reload(cfg Config) error {
 	return nil
 }
 
-// sweep ends what has been silent, or has lived, for too long, and counts what has moved.
+// sweep ends what has been silent, or has lived, for too long, counts what has moved, and parks what has not.
 func (s *Server) sweep(ctx context.Context) {
 	for {
 		st := s.state.Load()
@@ -303,6 +312,7 @@ func (s *Server) sweep(ctx context.Context) {
 			}
 			if t := l.now(); t != nil {
 				s.account(t)
+				t.rest()
 			}
 		}
 	}

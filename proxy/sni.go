@@ -46,7 +46,7 @@ func serverName(b []byte) (string, error) {
 			if len(hello) > 4+n {
 				return "", errNotTLS // nothing may follow before the server has spoken, but early data, which is no handshake
 			}
-			if len(hello) == 4+n {
+			if len(hello) == 4+n && len(part) == int(length) {
 				return helloServerName(hello[4:])
 			}
 		}

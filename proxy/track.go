@@ -125,6 +125,7 @@ func (l *link) end(why Reason) {
 	reset(l.client)
 	if l.tunnel != nil {
 		reset(l.tunnel.server)
+		l.tunnel.wake()
 	}
 }
 

@@ -23,6 +23,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"perimeterd/internal/session"
 )
 
@@ -480,6 +482,41 @@ func TestBindIsTheSource(t *testing.T) {
 	at := serveOutside(t, outsideHost+":0", func(c *net.TCPConn) { io.WriteString(c, remote(c).Addr().String()) })
 	if b, _ := io.ReadAll(l.tunnel("10.77.0.2", at.String())); string(b) != "198.18.0.9" {
 		t.Errorf("came from %s", b)
+	}
+}
+
+// With a source address given, each of its ports still leads to every destination, and not to one only.
+func TestBindLeavesPortsToOtherDestinations(t *testing.T) {
+	cfg := openConfig()
+	cfg.Bind = netip.MustParseAddr("198.18.0.9")
+	l := startLab(t, cfg)
+	l.people.put("10.77.0.3", "bob", "operators")
+	var to []string
+	for _, host := range []string{outsideHost, outsideSecond} {
+		to = append(to, serveOutside(t, host+":0", func(c *net.TCPConn) { io.Copy(c, c) }).String())
+	}
+	const ports = "/proc/sys/net/ipv4/ip_local_port_range"
+	before, err := os.ReadFile(ports)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(ports, []byte("40000 40009"), 0); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.WriteFile(ports, before, 0) })
+	d := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
+		return c.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1) })
+	}}
+	for i := range 16 { // eight from each client, eight to each destination, ten ports
+		d.LocalAddr = &net.TCPAddr{IP: net.IPv4(10, 77, 0, byte(2+i%2))}
+		c, err := d.Dial("tcp", l.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if status, body := ask(t, c.(*net.TCPConn), "CONNECT "+to[i/8]+" HTTP/1.0\r\n\r\n"); status != 200 {
+			t.Fatalf("connection %d: %d %s", i+1, status, body)
+		}
 	}
 }
 
