@@ -52,13 +52,8 @@ func (s *Server) begin(l *link, method, target string) *Access {
 	return a
 }
 
-// Refusals of one user are logged at this pace: they cost him nothing.
-const (
-	refusedEvery = 5 * time.Second
-	refusedBurst = 200
-)
-
-// done writes the request's one line, and tells the watchers. Of a user's refusals some lines may be left out, see refusedEvery.
+// done writes the request's one line, and tells the watchers. Of a user's refusals, which cost him nothing, lines
+// may be left out.
 func (s *Server) done(a *Access) {
 	a.Duration = time.Since(a.Began)
 	if left, ok := s.line(a); ok {

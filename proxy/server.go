@@ -71,7 +71,7 @@ func New(cfg Config, sessions Sessions, log *slog.Logger) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{
-		sessions: sessions, log: log, lines: quota.New[string](refusedEvery, refusedBurst), dialer: newDialer(), links: newRegistry(),
+		sessions: sessions, log: log, lines: quota.New[string](quota.Every, quota.Burst), dialer: newDialer(), links: newRegistry(),
 		buffers: &sync.Pool{New: func() any { b := make([]byte, bufferSize); return &b }},
 	}
 	if s.parking, err = newParking(); err != nil {

@@ -28,12 +28,6 @@ const (
 	strangerBurst = 100
 )
 
-// What is refused to one who is known is written at this pace: 17,280 records a day, some 8 MB.
-const (
-	refusedEvery = 5 * time.Second
-	refusedBurst = 200
-)
-
 // Recorder takes records from everywhere and has them written. Its methods but Run wait for nobody.
 type Recorder struct {
 	*Feed
@@ -77,7 +71,7 @@ type known struct{ user, account string }
 func NewRecorder(dir string, o Options, log *slog.Logger) *Recorder {
 	pace := func() *stranger { return &stranger{pace: rate.NewLimiter(rate.Every(strangerEvery), strangerBurst)} }
 	return &Recorder{Feed: NewFeed(), dir: dir, options: o, log: log, queue: make(chan Record, queueSize), strangers: map[bool]*stranger{false: pace(), true: pace()},
-		refused: quota.New[known](refusedEvery, refusedBurst)}
+		refused: quota.New[known](quota.Every, quota.Burst)}
 }
 
 // Add takes a record. Its time is now, where it has none.

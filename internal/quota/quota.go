@@ -8,6 +8,12 @@ import (
 	"golang.org/x/time/rate"
 )
 
+// The share of what is refused to one: 17,280 a day.
+const (
+	Every = 5 * time.Second
+	Burst = 200
+)
+
 // most are kept, each with a share of his own. Those beyond have one share together.
 const most = 1024
 

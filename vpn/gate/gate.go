@@ -38,12 +38,6 @@ const (
 	maxHeader        = 8 << 10
 )
 
-// Refused requests of one user are logged at this pace.
-const (
-	refusedEvery = 5 * time.Second
-	refusedBurst = 200
-)
-
 // Verifier says who a connection's certificate stands for, or an *identity.Refusal. TLSConfig refuses the same at the
 // handshake already.
 type Verifier interface {
@@ -85,7 +79,7 @@ func New(cfg Config, known func(netip.Addr) bool, serverKey [32]byte, cert tls.C
 		return nil, fmt.Errorf("tunnel.network %v has %d addresses for session.limit %d; released ones rest for %v: "+
 			"take a larger network or a limit of %d", cfg.Network, n, cfg.Limit, vpn.Quarantine, n/2)
 	}
-	g := &Gate{cfg: cfg, serverKey: serverKey, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: logger, lines: quota.New[string](refusedEvery, refusedBurst), count: func(string) {}, watch: func(Refusal) {},
+	g := &Gate{cfg: cfg, serverKey: serverKey, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: logger, lines: quota.New[string](quota.Every, quota.Burst), count: func(string) {}, watch: func(Refusal) {},
 		pace: pace{next: map[[32]byte]time.Time{}}, renewed: pace{next: map[[32]byte]time.Time{}}, known: known, callers: &callers{by: map[*counted]caller{}},
 		connections: func(session.ID) int { return 0 }, ended: map[session.ID]session.Session{}}
 	g.cert.Store(&cert)
