@@ -64,8 +64,10 @@ func TestReadersOfEventsAreFewAndShutNoOperatorOut(t *testing.T) {
 
 func TestSeatsAreOfEachAndOfAll(t *testing.T) {
 	s := newSeats(3, 2)
-	if !s.take(1) || !s.take(1) || s.take(1) || !s.take(2) || s.take(3) {
-		t.Error("more than two of one, or three in all")
+	for i, want := range []bool{true, true, false, true, false} {
+		if uid := []uint32{1, 1, 1, 2, 3}[i]; s.take(uid) != want {
+			t.Errorf("%d, for %d: want %v", i, uid, want)
+		}
 	}
 	if s.leave(1); !s.take(3) || s.take(1) {
 		t.Error("a seat that was left is not to be had, or twice")
