@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"perimeterd/internal/quota"
 	"perimeterd/internal/session"
 )
 
@@ -51,9 +52,27 @@ func (s *Server) begin(l *link, method, target string) *Access {
 	return a
 }
 
-// done writes the request's one line.
+// done writes the request's one line, and tells the watchers. Of a user's refusals, which cost him nothing, lines
+// may be left out.
 func (s *Server) done(a *Access) {
 	a.Duration = time.Since(a.Began)
+	if left, ok := s.line(a); ok {
+		s.write(a, left.Count)
+	}
+	for _, watch := range s.watchers {
+		watch(*a)
+	}
+}
+
+// line says whether a request gets its line, and what was left out before it.
+func (s *Server) line(a *Access) (quota.Left, bool) {
+	if a.Decision.Allow || a.Decision.Observed {
+		return quota.Left{}, true
+	}
+	return s.lines.Take(a.User, a.Began.Add(a.Duration))
+}
+
+func (s *Server) write(a *Access, left uint64) {
 	verdict := "deny"
 	switch {
 	case a.Decision.Observed:
@@ -84,13 +103,13 @@ func (s *Server) done(a *Access) {
 	if a.Detail != "" {
 		attrs = append(attrs, slog.String("detail", a.Detail))
 	}
-	s.log.LogAttrs(context.Background(), slog.LevelInfo, "proxy", attrs...)
-	for _, watch := range s.watchers {
-		watch(*a)
+	if left > 0 {
+		attrs = append(attrs, slog.Uint64("left_out", left))
 	}
+	s.log.LogAttrs(context.Background(), slog.LevelInfo, "proxy", attrs...)
 }
 
-// Watch has fn called with every request after its line has been logged, from the request's goroutine: fn must be quick. It
+// Watch has fn called with every request after its line, if it gets one, has been logged, from the request's goroutine: fn must be quick. It
 // is for the time before Run.
 func (s *Server) Watch(fn func(Access)) { s.watchers = append(s.watchers, fn) }
 

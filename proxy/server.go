@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"perimeterd/internal/quota"
 	"perimeterd/internal/session"
 )
 
@@ -35,6 +36,7 @@ type Sessions interface {
 type Server struct {
 	sessions Sessions
 	log      *slog.Logger
+	lines    *quota.Quota[string] // of refusals, by user
 	watchers []func(Access)
 	traffic  []func(user string, up, down int64)
 	state    atomic.Pointer[state]
@@ -69,7 +71,7 @@ func New(cfg Config, sessions Sessions, log *slog.Logger) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{
-		sessions: sessions, log: log, dialer: newDialer(), links: newRegistry(),
+		sessions: sessions, log: log, lines: quota.New[string](quota.Every, quota.Burst), dialer: newDialer(), links: newRegistry(),
 		buffers: &sync.Pool{New: func() any { b := make([]byte, bufferSize); return &b }},
 	}
 	if s.parking, err = newParking(); err != nil {

@@ -238,6 +238,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 		Forget:        sign.Forget,
 		Authority:     func() error { return takeUpAuthority(cfg.Identity, api, verifier, users, store, log) },
 		Audit:         trail.Add,
+		Refused:       trail.AddRefused,
 		AuditDir:      cfg.AuditDir(),
 		Feed:          trail.Feed,
 		Decide:        decider(access.config, forward.Policy, users.Get, verifier.Listed),

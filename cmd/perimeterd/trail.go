@@ -96,7 +96,7 @@ func (t *trail) refusal(g gate.Refusal) {
 		r.Kind = audit.CertificateRefused
 	default:
 		r.Kind = audit.RequestRefused
-		t.Add(r)
+		t.AddRefused("", r)
 		return
 	}
 	t.AddStranger(r)
@@ -126,6 +126,8 @@ func (t *trail) access(a proxy.Access) {
 		r.Decision = "observe"
 	case !a.Decision.Allow:
 		r.Kind, r.Decision = audit.ProxyRefused, "deny"
+		t.AddRefused("", r)
+		return
 	}
 	t.Add(r)
 }

@@ -37,7 +37,7 @@ const (
 	FileBegan    Kind = "file-began"
 	FilesExpired Kind = "files-expired"
 	RecordsLost  Kind = "records-lost"
-	LeftOut      Kind = "left-out" // strangers caused more than is written
+	LeftOut      Kind = "left-out" // strangers, or refusals to one, caused more than is written
 )
 
 // Kinds lists them all.

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/time/rate"
+
+	"perimeterd/internal/quota"
 )
 
 const (
@@ -37,6 +39,7 @@ type Recorder struct {
 	mu        sync.Mutex
 	full      loss // what found the queue full
 	strangers map[bool]*stranger
+	refused   *quota.Quota[known]
 
 	problem atomic.Pointer[string]
 	lost    atomic.Uint64
@@ -61,10 +64,14 @@ type stranger struct {
 	left loss
 }
 
+// known is who is known by a certificate, or by an account on this host.
+type known struct{ user, account string }
+
 // NewRecorder makes a Recorder for a directory, which Run makes if need be.
 func NewRecorder(dir string, o Options, log *slog.Logger) *Recorder {
 	pace := func() *stranger { return &stranger{pace: rate.NewLimiter(rate.Every(strangerEvery), strangerBurst)} }
-	return &Recorder{Feed: NewFeed(), dir: dir, options: o, log: log, queue: make(chan Record, queueSize), strangers: map[bool]*stranger{false: pace(), true: pace()}}
+	return &Recorder{Feed: NewFeed(), dir: dir, options: o, log: log, queue: make(chan Record, queueSize), strangers: map[bool]*stranger{false: pace(), true: pace()},
+		refused: quota.New[known](quota.Every, quota.Burst)}
 }
 
 // Add takes a record. Its time is now, where it has none.
@@ -103,6 +110,20 @@ func (r *Recorder) AddStranger(a Record) {
 	r.Add(a)
 }
 
+// AddRefused takes a record of what was refused to its user, or to an account on this host, or leaves it out if there are too many
+// of theirs; the next one says how many were left out.
+func (r *Recorder) AddRefused(account string, a Record) {
+	if a.Time.IsZero() {
+		a.Time = time.Now()
+	}
+	left, ok := r.refused.Take(known{cut(a.User), account}, a.Time)
+	if !ok {
+		return
+	}
+	a.Count, a.Since = left.Count, left.Since
+	r.Add(a)
+}
+
 // tellLeft adds how many records were left out since the last that tells.
 func (r *Recorder) tellLeft(now time.Time) {
 	for _, s := range r.strangers {
@@ -113,6 +134,9 @@ func (r *Recorder) tellLeft(now time.Time) {
 		if left.count > 0 {
 			r.Add(Record{Time: now, Kind: LeftOut, Count: left.count, Since: left.since, Detail: "of what strangers caused: there was too much of it"})
 		}
+	}
+	for who, left := range r.refused.Untold(now) {
+		r.Add(Record{Time: now, Kind: LeftOut, User: who.user, By: who.account, Count: left.Count, Since: left.Since, Detail: "of what was refused to one: there was too much of it"})
 	}
 }
 

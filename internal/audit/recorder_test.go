@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"perimeterd/internal/quota"
 )
 
 var digits = regexp.MustCompile(`[0-9]+ bytes`)
@@ -343,6 +345,32 @@ func TestStrangersFillNoDisk(t *testing.T) {
 	}
 	if last := all(t, dir, Filter{Kinds: []Kind{LeftOut}}); len(last) != 1 || left == 0 {
 		t.Errorf("%d left out, %+v", left, last)
+	}
+}
+
+func TestWhatIsRefusedToOneFillsNoDiskAndHidesNothing(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "audit")
+	r := NewRecorder(dir, Options{Reserved: 1}, slog.New(slog.DiscardHandler))
+	for range 1000 {
+		r.AddRefused("", Record{Time: began0, Kind: ProxyRefused, User: "mallory"})
+		r.AddRefused("joe (1000)", Record{Time: began0, Kind: Operator, Action: "POST /"})
+	}
+	r.AddRefused("", Record{Time: began0, Kind: RequestRefused, User: "alice"})
+	r.AddRefused("", Record{Time: began0.Add(time.Minute), Kind: ProxyRefused, User: "mallory"})
+	r.AddRefused("", Record{Time: began0, Kind: ProxyRefused, User: "mallory"})
+	run(t, r)()
+	told := map[string]uint64{}
+	for _, a := range all(t, dir, Filter{}) {
+		told[a.User+a.By+" "+string(a.Kind)] += a.Count
+	}
+	if n := len(all(t, dir, Filter{Kinds: []Kind{ProxyRefused}, User: "mallory"})); n < quota.Burst+1 || n > quota.Burst+2 {
+		t.Errorf("%d refusals of mallory", n)
+	}
+	if told["mallory proxy-refused"] != 1000-quota.Burst || told["joe (1000) left-out"] != 1000-quota.Burst {
+		t.Errorf("%v", told)
+	}
+	if n := len(all(t, dir, Filter{Kinds: []Kind{RequestRefused}, User: "alice"})); n != 1 {
+		t.Errorf("%d of another's are there", n)
 	}
 }
 

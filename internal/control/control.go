@@ -102,6 +102,8 @@ type Operations struct {
 	Feed *audit.Feed
 	// Audit takes a record of every act. Nil: nobody does. It waits for nobody.
 	Audit func(audit.Record)
+	// Refused takes a record of what was refused to an account that may only read, of which there may be any number. Nil: nobody does.
+	Refused func(account string, r audit.Record)
 	// Configuration takes up other configurations. Nil: none can be.
 	Configuration Configuration
 	// Decide says what the proxy would do with a request. Nil: nobody knows.
@@ -218,7 +220,9 @@ func (o *Operations) sessions() []Session {
 }
 
 // Handler serves the operations.
-func Handler(o *Operations) http.Handler {
+func Handler(o *Operations) http.Handler { return o.handler(newSeats(operatorSeats, operatorSeats)) }
+
+func (o *Operations) handler(s *seats) http.Handler {
 	mux := http.NewServeMux()
 	handle := func(pattern string, fn func(r *http.Request) (any, error)) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
@@ -271,7 +275,7 @@ func Handler(o *Operations) http.Handler {
 	}
 	handle("GET /v1/audit", func(*http.Request) (any, error) { return o.auditFiles() })
 	mux.HandleFunc("GET /v1/audit/{name}", o.auditFile)
-	mux.HandleFunc("GET /v1/events", o.events)
+	mux.HandleFunc("GET /v1/events", s.bound(o.events))
 	if o.Snapshot != nil {
 		handleBackup(mux, o)
 	}

@@ -16,28 +16,34 @@ type peerKey struct{}
 
 // withPeer notes who is at the other end of a unix socket, as the kernel had it when he connected.
 func withPeer(ctx context.Context, c net.Conn) context.Context {
-	u, ok := c.(*net.UnixConn)
-	if !ok {
-		return ctx
+	if p, ok := c.(*guest); ok {
+		return context.WithValue(ctx, peerKey{}, p.peer)
 	}
-	raw, err := u.SyscallConn()
-	if err != nil {
-		return ctx
-	}
-	var peer *unix.Ucred
-	if e := raw.Control(func(fd uintptr) { peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); e != nil || err != nil {
-		return ctx
-	}
-	return context.WithValue(ctx, peerKey{}, peer)
+	return ctx
 }
 
-// by names who asks, for the audit: the account, and where that is another's the one which logged in. Without a socket it is who
-// runs this process.
-func by(ctx context.Context) string {
-	peer, ok := ctx.Value(peerKey{}).(*unix.Ucred)
-	if !ok {
-		peer = &unix.Ucred{Pid: int32(os.Getpid()), Uid: uint32(os.Getuid())}
+func peerOf(c *net.UnixConn) (peer *unix.Ucred, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
 	}
+	if e := raw.Control(func(fd uintptr) { peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); e != nil {
+		return nil, e
+	}
+	return peer, err
+}
+
+// peer is who asks. Without a socket it is who runs this process.
+func peer(ctx context.Context) *unix.Ucred {
+	if p, ok := ctx.Value(peerKey{}).(*unix.Ucred); ok {
+		return p
+	}
+	return &unix.Ucred{Pid: int32(os.Getpid()), Uid: uint32(os.Getuid())}
+}
+
+// by names who asks, for the audit: the account, and where that is another's the one which logged in.
+func by(ctx context.Context) string {
+	peer := peer(ctx)
 	name := account(peer.Uid)
 	// Who became root by sudo keeps this (credentials(7)); without auditing it is -1. The process may be another by now, which
 	// only its owner can bring about.

@@ -13,16 +13,17 @@ var readable = []string{"GET /v1/status", "GET /v1/users", "GET /v1/sessions", "
 
 // ReadersHandler serves the operations that show, and refuses those that act.
 func ReadersHandler(o *Operations) http.Handler {
-	h, mux := Handler(o), http.NewServeMux()
+	h, mux := o.handler(newSeats(readerSeats, readerSeatsEach)), http.NewServeMux()
 	for _, pattern := range readable {
 		mux.Handle(pattern, h)
 	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		err := &vpn.APIError{Status: http.StatusForbidden, Code: vpn.CodeForbidden,
 			Message: fmt.Sprintf("the group %s may only read", ReadersGroup), Fix: "run it as root, or as a member of the group " + Group}
-		if o.Audit != nil {
-			o.Audit(Act(r.Context(), audit.Record{Action: r.Method + " " + r.URL.Path}, err))
+		if o.Refused != nil {
+			o.Refused(account(peer(r.Context()).Uid), Act(r.Context(), audit.Record{Action: r.Method + " " + r.URL.Path}, err))
 		}
+		w.Header().Set("Connection", "close")
 		answer(w, nil, err)
 	})
 	return mux

@@ -44,7 +44,7 @@ func (f *fixture) reader(t *testing.T) *Client {
 func TestReadersReadAndDoNothingElse(t *testing.T) {
 	f, ctx := start(t), context.Background()
 	var acts []audit.Record
-	f.ops.Audit = func(r audit.Record) { acts = append(acts, r) }
+	f.ops.Refused = func(_ string, r audit.Record) { acts = append(acts, r) }
 	s := f.begin(t, "alice", "mac", 1)
 	c := f.reader(t)
 	if st, err := c.Status(ctx); err != nil || st.Sessions != 1 {

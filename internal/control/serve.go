@@ -56,7 +56,11 @@ func serve(ctx context.Context, path, group string, h http.Handler, ready func()
 		ConnContext: withPeer,
 	}
 	done := make(chan error, 1)
-	go func() { done <- srv.Serve(ln) }()
+	each := connections
+	if group == ReadersGroup {
+		each = readerConnections
+	}
+	go func() { done <- srv.Serve(&guests{Listener: ln, seats: newSeats(connections, each)}) }()
 	if ready != nil {
 		ready()
 	}

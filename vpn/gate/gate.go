@@ -25,6 +25,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"perimeterd/internal/identity"
+	"perimeterd/internal/quota"
 	"perimeterd/internal/session"
 	"perimeterd/vpn"
 )
@@ -54,6 +55,7 @@ type Gate struct {
 	tunnel    *Tunnel
 	pool      *vpn.Pool
 	log       *slog.Logger
+	lines     *quota.Quota[string] // of refused requests, by user
 
 	begin   sync.Mutex // limits and addresses are judged and taken in one step
 	pace    pace
@@ -77,7 +79,7 @@ func New(cfg Config, known func(netip.Addr) bool, serverKey [32]byte, cert tls.C
 		return nil, fmt.Errorf("tunnel.network %v has %d addresses for session.limit %d; released ones rest for %v: "+
 			"take a larger network or a limit of %d", cfg.Network, n, cfg.Limit, vpn.Quarantine, n/2)
 	}
-	g := &Gate{cfg: cfg, serverKey: serverKey, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: logger, count: func(string) {}, watch: func(Refusal) {},
+	g := &Gate{cfg: cfg, serverKey: serverKey, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: logger, lines: quota.New[string](quota.Every, quota.Burst), count: func(string) {}, watch: func(Refusal) {},
 		pace: pace{next: map[[32]byte]time.Time{}}, renewed: pace{next: map[[32]byte]time.Time{}}, known: known, callers: &callers{by: map[*counted]caller{}},
 		connections: func(session.ID) int { return 0 }, ended: map[session.ID]session.Session{}}
 	g.cert.Store(&cert)
@@ -263,8 +265,13 @@ func (g *Gate) refuse(w http.ResponseWriter, r *http.Request, id identity.Identi
 		refused.User = refusal.User
 	}
 	g.watch(refused)
-	g.log.Info("request refused", "id", refused.ID, "user", refused.User, "source", r.RemoteAddr, "method", r.Method, "path", r.URL.Path,
-		"status", status, "code", api.Code, "err", err)
+	if left, ok := g.lines.Take(refused.User, time.Now()); ok {
+		args := []any{"id", refused.ID, "user", refused.User, "source", r.RemoteAddr, "method", r.Method, "path", r.URL.Path, "status", status, "code", api.Code, "err", err}
+		if left.Count > 0 {
+			args = append(args, "left_out", left.Count)
+		}
+		g.log.Info("request refused", args...)
+	}
 	w.Header().Set("Content-Type", "application/json")
 	if status == http.StatusServiceUnavailable || status == http.StatusTooManyRequests {
 		w.Header().Set("Retry-After", strconv.Itoa(max(api.RetryAfter, 1)))
