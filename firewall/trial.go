@@ -15,7 +15,7 @@ import (
 // which the kernel expires. So the last good rules come back on time whatever becomes of this process. With an allow list
 // that the operator cuts himself off by, of a table in guard mode:
 //
-//	set trial { type nf_proto; size 2; flags timeout; }
+//	set trial { type nf_proto; size 65536; flags timeout; }
 //	chain input {
 //		type filter hook input priority filter - 5; policy accept;
 //		meta nfproto @trial goto trial
@@ -69,7 +69,7 @@ func (f *Firewall) rulingLocked(now time.Time) Config {
 
 // buildTrial writes both configurations, and what chooses between them.
 func (b *builder) buildTrial(good Config, next next, now time.Time) {
-	trial := &nftables.Set{Name: "trial", KeyType: nftables.TypeNFProto, HasTimeout: true, Size: 2}
+	trial := &nftables.Set{Name: "trial", KeyType: nftables.TypeNFProto, HasTimeout: true, Size: setSize} // so that nobody thinks it full
 	b.set(trial)
 	b.base = goodSuffix
 	b.build(good)

@@ -110,6 +110,9 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	var gates []net.Listener
 	for _, address := range cfg.Gate.Listen {
 		l, err := firewall.Listen(ctx, address)
+		if errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.EACCES) {
+			return fmt.Errorf("gate.listen %q: %w: nothing was changed on this host; run it as root", address, err)
+		}
 		if err != nil {
 			return fmt.Errorf("gate.listen %q: %w: nothing was changed on this host; stop the program that has the port, or choose another", address, err)
 		}

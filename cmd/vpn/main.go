@@ -134,7 +134,7 @@ func downCommand(load func() (*client.Profile, error)) *cobra.Command {
 func statusCommand(load func() (*client.Profile, error)) *cobra.Command {
 	asJSON := false
 	c := &cobra.Command{
-		Use: "status", Short: "Say how the tunnel is; exit status 1 when it is down", Args: noArguments,
+		Use: "status", Short: "Say how the tunnel is; exit status 1 when it is down or refused", Args: noArguments,
 		RunE: func(*cobra.Command, []string) error {
 			p, err := load()
 			if err != nil {
@@ -157,7 +157,7 @@ func statusCommand(load func() (*client.Profile, error)) *cobra.Command {
 				fmt.Print(statusText(s, p.Expires(), time.Now()))
 				err = nil
 			}
-			if err == nil && down {
+			if err == nil && (down || s.State == client.Refused) {
 				err = exitStatus(exitFailed)
 			}
 			return err
@@ -185,7 +185,11 @@ func statusText(s client.Status, certificate, now time.Time) string {
 		line("egress", "%s", strings.Join(s.Egress, ", "))
 		line("key exchange", "%s", map[bool]string{true: "post-quantum", false: "classical"}[s.PostQuantum])
 		line("session", "%s, ends in %v", s.Session, s.Expires.Sub(now).Round(time.Second))
-		line("handshake", "%v ago", now.Sub(s.LastHandshake).Round(time.Second))
+		if s.LastHandshake.IsZero() {
+			line("handshake", "none yet")
+		} else {
+			line("handshake", "%v ago", now.Sub(s.LastHandshake).Round(time.Second))
+		}
 		line("traffic", "%d bytes received, %d sent", s.Received, s.Sent)
 	}
 	line("certificate", "ends in %d days", int(certificate.Sub(now).Hours()/24))
