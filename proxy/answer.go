@@ -30,8 +30,8 @@ func (a *Access) body(asJSON bool) (body []byte, contentType string) {
 	if where == "" {
 		where = "A request"
 	}
-	return fmt.Appendf(nil, "%s was not let through by the proxy (perimeterd).\n\n%s\n\nreason  %s\nuser    %s\nid      %s   tell the operator, who finds it by this\n",
-		where, sentence, a.Decision.Reason, a.User, a.ID), "text/plain; charset=utf-8"
+	return fmt.Appendf(nil, "%s was not let through by the proxy (perimeterd).\n\n%s\n\nreason  %s\nuser    %s\nid      %s\n\nThe operator finds it with: perimeterd why %s\n",
+		where, sentence, a.Decision.Reason, a.User, a.ID, a.ID), "text/plain; charset=utf-8"
 }
 
 // prefersJSON reads Accept: whichever of JSON and text has the higher weight, of equals the one named first (RFC 9110,

@@ -2,8 +2,9 @@
 // every destination against an access list that denies by default, and relays.
 //
 // A request passes through one file after the other: head (strict reading of the request), destination (its one canonical
-// form), acl (may this user go there), address and dial (where the name leads, judged), sni (is it TLS for that name),
-// relay, track (what lives, and what ends it early), log. Plain HTTP takes plain instead of sni and relay.
+// form), acl (may this user go there), names, address and dial (where the name leads, judged), sni (is it TLS for that name),
+// relay, park (where silent tunnels wait) and pace (who may have how much of the bandwidth), track (what lives, and what ends
+// it early), log. Plain HTTP takes plain instead of sni and relay. Who is refused reads answer; pac tells browsers beforehand.
 package proxy
 
 import (

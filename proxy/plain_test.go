@@ -39,7 +39,7 @@ func TestPlainRequestsShareTheClientsConnectionOnly(t *testing.T) {
 	l := startLab(t, openConfig())
 	host, conns := origin(t, func(w http.ResponseWriter, r *http.Request) {
 		b, _ := io.ReadAll(r.Body)
-		w.Header().Set("X-Saw", strings.Join([]string{r.Host, r.RequestURI, r.Header.Get("Proxy-Authorization"), r.Header.Get("X-Hop"), r.Header.Get("User-Agent"), string(b)}, "|"))
+		w.Header().Set("X-Saw", strings.Join([]string{r.Host, r.RequestURI, r.Header.Get("Proxy-Authorization"), r.Header.Get("X-Hop") + r.Header.Get("Upgrade") + r.Header.Get("HTTP2-Settings"), r.Header.Get("User-Agent"), string(b)}, "|"))
 		fmt.Fprint(w, "answer")
 	})
 	c := l.from("10.77.0.2")
@@ -60,7 +60,9 @@ func TestPlainRequestsShareTheClientsConnectionOnly(t *testing.T) {
 	head := " HTTP/1.1\r\nHost: " + host + "\r\n"
 	for raw, saw := range map[string]string{
 		"GET http://" + host + "/a?b=c" + head + "Connection: X-Hop\r\nX-Hop: 1\r\nProxy-Authorization: Basic eA==\r\n\r\n": host + "|/a?b=c||||",
-		"POST http://" + host + "/" + head + "Content-Length: 4\r\nUser-Agent: u\r\n\r\nbody":                               host + "|/|||u|body",
+		// Another protocol is not asked for on the client's behalf (h2c smuggling).
+		"GET http://" + host + "/h2c" + head + "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n\r\n": host + "|/h2c||||",
+		"POST http://" + host + "/" + head + "Content-Length: 4\r\nUser-Agent: u\r\n\r\nbody":                                                            host + "|/|||u|body",
 	} {
 		if got := do(raw).Header.Get("X-Saw"); got != saw {
 			t.Errorf("%q: the origin saw %q, want %q", raw, got, saw)
@@ -84,8 +86,8 @@ func TestPlainRequestsShareTheClientsConnectionOnly(t *testing.T) {
 	if _, err := br.ReadByte(); err != io.EOF {
 		t.Errorf("after the refusal: %v", err)
 	}
-	if n := conns.Load(); n != 3 {
-		t.Errorf("%d connections to the origin for 3 requests", n)
+	if n := conns.Load(); n != 4 {
+		t.Errorf("%d connections to the origin for 4 requests", n)
 	}
 	// A chunked body is the last: what follows it is not looked at.
 	c = l.from("10.77.0.2")
@@ -244,6 +246,9 @@ func TestABrokenAnswerIsNotWhole(t *testing.T) {
 }
 
 func TestGoproxyDialsNothingByItself(t *testing.T) {
+	for _, name := range []string{"HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"} { // which it reads as it is made
+		t.Setenv(name, "http://192.0.2.1:9")
+	}
 	s, err := New(openConfig(), &people{}, nil)
 	if err != nil {
 		t.Fatal(err)

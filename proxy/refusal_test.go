@@ -294,8 +294,9 @@ func TestPrefersJSON(t *testing.T) {
 func TestRefusalIsReadByPeople(t *testing.T) {
 	l := startLab(t, openConfig())
 	_, body := ask(t, l.from("10.77.0.2"), "CONNECT evil.test:443 HTTP/1.0\r\n\r\n")
+	id := l.next().ID
 	want := "evil.test:443 was not let through by the proxy (perimeterd).\n\nNo rule allows you this destination. Ask the operator to add it.\n\n" +
-		"reason  no-rule\nuser    alice\nid      " + l.next().ID + "   tell the operator, who finds it by this\n"
+		"reason  no-rule\nuser    alice\nid      " + id + "\n\nThe operator finds it with: perimeterd why " + id + "\n"
 	if body != want {
 		t.Errorf("got\n%s\nwant\n%s", body, want)
 	}

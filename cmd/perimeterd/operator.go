@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 	"perimeterd/internal/identity"
 	"perimeterd/internal/session"
 	"perimeterd/internal/statefile"
+	"perimeterd/proxy"
 )
 
 // places are where the daemon answers and where the state lies: configs.Paths, or a whole *configs.Config.
@@ -133,11 +135,23 @@ func newStatusCommand() *cobra.Command {
 			for _, p := range s.Problems {
 				fmt.Fprintf(w, "problem\t%s\n", p)
 			}
+			for _, o := range s.Observed {
+				fmt.Fprintf(w, "would refuse\t%s\n", observation(o))
+			}
 			return w.Flush()
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
+}
+
+// observation says what proxy.mode = "observe" has let through.
+func observation(o proxy.Observation) string {
+	users := strings.Join(o.Users, ", ")
+	if o.Destination == "" {
+		return fmt.Sprintf("others, %d requests, of %s", o.Requests, users)
+	}
+	return fmt.Sprintf("%s, %d requests, of %s: %s", o.Destination, o.Requests, users, o.Reason)
 }
 
 func newSessionsCommand() *cobra.Command {

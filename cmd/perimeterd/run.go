@@ -184,6 +184,8 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	forward.Watch(metrics.Access)
 	forward.Watch(trail.access)
 	forward.WatchTraffic(metrics.Traffic)
+	observed := new(proxy.Observed)
+	forward.Watch(observed.Access)
 	var squid *proxy.SquidLog
 	if path := cfg.Log.SquidAccessLog; path != "" {
 		if squid, err = proxy.OpenSquidLog(path, log); err != nil {
@@ -234,7 +236,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 			defer api.CutRefused()
 			return errors.Join(reserve(api, users), access.userChanged(name))
 		},
-		Status:        statusOf(access.config, door, changes.problems, verifier.Problems, trail.problems),
+		Status:        statusOf(access.config, door, observed, changes.problems, verifier.Problems, trail.problems),
 		Configuration: changes,
 		Snapshot:      db.Snapshot,
 		Listed:        verifier.Listed,
@@ -347,7 +349,7 @@ func expire(ctx context.Context, store session.Store) error {
 	}
 }
 
-func statusOf(config func() *configs.Config, door *firewall.Firewall, problems ...func() []identity.Problem) func() control.Status {
+func statusOf(config func() *configs.Config, door *firewall.Firewall, observed *proxy.Observed, problems ...func() []identity.Problem) func() control.Status {
 	started := time.Now()
 	return func() control.Status {
 		cfg := config()
@@ -359,6 +361,9 @@ func statusOf(config func() *configs.Config, door *firewall.Firewall, problems .
 			for _, p := range of() {
 				s.Problems = append(s.Problems, p.Text)
 			}
+		}
+		if cfg.Proxy.Observe {
+			s.Observed = observed.Most(20)
 		}
 		windows, err := door.Windows()
 		if err != nil {

@@ -38,6 +38,7 @@ import (
 	"perimeterd/internal/audit"
 	"perimeterd/internal/identity"
 	"perimeterd/internal/session"
+	"perimeterd/proxy"
 	"perimeterd/vpn"
 )
 
@@ -80,6 +81,9 @@ type Status struct {
 	Problems []string  `json:"problems"` // what an operator should look at; empty is well
 	Users    int       `json:"users"`    // not revoked; the server fills it in
 	Sessions int       `json:"sessions"` // the server fills it in
+
+	// Observed is, while proxy.mode is observe, what enforcing would refuse, the most frequent first.
+	Observed []proxy.Observation `json:"observed,omitempty"`
 }
 
 // Operations is what operators can do, on stores that this process holds.
