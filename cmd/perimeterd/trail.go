@@ -167,9 +167,6 @@ func (a audited) AddUser(ctx context.Context, e identity.Enrolment) (identity.Us
 	if len(e.Groups) > 0 {
 		r.Detail = "groups " + strings.Join(e.Groups, ",")
 	}
-	if e.Replace {
-		r.Action = "user-profile"
-	}
 	a.record(ctx, r, err)
 	return u, err
 }

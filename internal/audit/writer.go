@@ -54,6 +54,10 @@ func OpenWriter(dir string, o Options) (*Writer, error) {
 	case !errors.Is(err, fs.ErrExist):
 		return nil, err
 	}
+	// Root may come to a directory of the daemon's user.
+	if st, err := os.Lstat(dir); err != nil || !st.IsDir() {
+		return nil, errors.Join(err, fmt.Errorf("audit %s: not a directory: links are not followed", dir))
+	}
 	if err := w.find(); err != nil {
 		return nil, fmt.Errorf("audit %s: %w", dir, err)
 	}
@@ -88,7 +92,7 @@ func (w *Writer) find() error {
 			continue // a file that was begun, and no more
 		}
 		if i == len(files)-1 && len(w.torn) == 0 {
-			w.f, err = os.OpenFile(filepath.Join(w.dir, files[i].name), os.O_WRONLY|os.O_APPEND, 0)
+			w.f, err = os.OpenFile(filepath.Join(w.dir, files[i].name), os.O_WRONLY|os.O_APPEND|syscall.O_NOFOLLOW, 0)
 			w.size = end
 		}
 		return err

@@ -11,6 +11,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"strconv"
+	"syscall"
 	"time"
 )
 
@@ -94,6 +95,9 @@ func listen(network, path, group string) (net.Listener, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
+	if err := rootsOwn(dir); err != nil {
+		return nil, err
+	}
 	private, err := os.MkdirTemp(dir, ".control.")
 	if err != nil {
 		return nil, err
@@ -120,4 +124,17 @@ func listen(network, path, group string) (net.Listener, error) {
 		return nil, err
 	}
 	return ln, nil
+}
+
+// rootsOwn refuses, for root, a directory whose owner or group could swap what lies in it for a link while its owner and mode
+// are set.
+func rootsOwn(dir string) error {
+	st, err := os.Lstat(dir)
+	if err != nil || os.Geteuid() != 0 {
+		return err
+	}
+	if owner := st.Sys().(*syscall.Stat_t).Uid; !st.IsDir() || owner != 0 || st.Mode().Perm()&0o022 != 0 {
+		return fmt.Errorf("%s is %v of uid %d, and root makes no socket where others may write: chown root %[1]s && chmod 0755 %[1]s, or run this as its owner", dir, st.Mode(), owner)
+	}
+	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -20,8 +21,16 @@ import (
 
 const (
 	patience = 5 * time.Second // for a request, and for its answer to be taken
-	callers  = 16              // connections at once
+	callers  = 16              // connections of a user that are served at once
+	standing = 4 * callers     // of a user at all
+	users    = 64              // who have connected, root aside
 )
+
+// line is where a user's connections stand until they are served.
+type line struct {
+	served   chan struct{}
+	standing atomic.Int32
+}
 
 // Become makes the process the user who owns the CA key, or where that is kept elsewhere the record, for good. A process that is not root's stays whose it is. The
 // memory is closed to debuggers and core dumps.
@@ -53,7 +62,7 @@ func (s *Signer) Become() error {
 func (s *Signer) Serve(ctx context.Context, ln *net.UnixListener, rights func(uid uint32) Rights) error {
 	stop := context.AfterFunc(ctx, func() { ln.Close() })
 	defer stop()
-	free := make(chan struct{}, callers)
+	lines := map[uint32]*line{} // one for each user, so that nobody keeps root from revoking
 	for {
 		c, err := ln.AcceptUnix()
 		if ctx.Err() != nil {
@@ -62,15 +71,33 @@ func (s *Signer) Serve(ctx context.Context, ln *net.UnixListener, rights func(ui
 		if err != nil {
 			return err
 		}
-		free <- struct{}{}
+		uid, err := peer(c)
+		if err != nil {
+			s.log.Warn("who asks is not known", "err", err)
+			c.Close()
+			continue
+		}
+		l := lines[uid]
+		if l == nil && (len(lines) < users || uid == 0) {
+			l = &line{served: make(chan struct{}, callers)}
+			lines[uid] = l
+		}
+		if l == nil || l.standing.Add(1) > standing {
+			if l != nil {
+				l.standing.Add(-1)
+			}
+			c.Close()
+			continue
+		}
 		go func() {
-			defer func() { c.Close(); <-free }()
-			c.SetDeadline(time.Now().Add(patience))
-			uid, err := peer(c)
-			if err != nil {
-				s.log.Warn("who asks is not known", "err", err)
+			defer func() { c.Close(); l.standing.Add(-1) }()
+			select {
+			case l.served <- struct{}{}:
+				defer func() { <-l.served }()
+			case <-time.After(patience):
 				return
 			}
+			c.SetDeadline(time.Now().Add(patience))
 			if err := s.answer(c, uid, rights(uid)); err != nil && !errors.Is(err, io.EOF) { // who only looks whether it is there
 				s.log.Warn("request not answered", "uid", uid, "err", err)
 			}

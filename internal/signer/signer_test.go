@@ -21,11 +21,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"perimeterd/internal/identity"
 	"perimeterd/vpn"
@@ -644,6 +647,56 @@ func TestAStalledCallerStopsNobody(t *testing.T) {
 	c := NewClient(socket, func(uint32) bool { return true }, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
 	if _, err := c.Enrol(context.Background(), "alice", "mac", false, time.Hour, csr(t, newKey(t), "alice")); err != nil {
 		t.Error(err)
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAnotherUsersConnectionsKeepRootFromNothing(t *testing.T) {
+	b := newBench(t)
+	dir, err := os.MkdirTemp("", "signer-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	socket := filepath.Join(dir, "s")
+	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: socket, Net: "unixpacket"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Chmod(dir, 0o755), os.Chmod(socket, 0o666)); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- b.Serve(ctx, ln, func(uint32) Rights { return Everything }) }()
+	connected := make(chan struct{})
+	var idle []net.Conn
+	go func() {
+		defer close(connected)
+		runtime.LockOSThread() // and never unlocked: the thread is another user's now
+		if _, _, e := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), 65534, ^uintptr(0)); e != 0 {
+			t.Error(e)
+			return
+		}
+		for range 2 * standing {
+			if c, err := net.Dial("unixpacket", socket); err == nil {
+				idle = append(idle, c)
+			}
+		}
+	}()
+	<-connected
+	if len(idle) < callers {
+		t.Fatalf("%d idle connections keep nobody waiting", len(idle))
+	}
+	c := NewClient(socket, func(uint32) bool { return true }, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
+	if _, err := c.Enrol(context.Background(), "alice", "mac", false, time.Hour, csr(t, newKey(t), "alice")); err != nil {
+		t.Error(err)
+	}
+	for _, c := range idle {
+		c.Close()
 	}
 	cancel()
 	if err := <-done; err != nil {

@@ -124,7 +124,10 @@ func Hold(path string, alone bool) (*os.File, error) {
 		flag, how = os.O_RDWR, unix.LOCK_EX
 	}
 	for deadline := time.Now().Add(lockTimeout); ; time.Sleep(lockTimeout / 20) {
-		f, err := os.OpenFile(path, flag, 0)
+		f, err := os.OpenFile(path, flag|unix.O_NOFOLLOW, 0) // root may open what the daemon's user has put there
+		if errors.Is(err, unix.ELOOP) {
+			return nil, fmt.Errorf("state file %s is a link, which is not followed: put the file itself there", path)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("state file: %w", err)
 		}
