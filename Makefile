@@ -18,7 +18,7 @@ SOAK_TOOLS := nft:nftables ip:iproute2
 VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod
 UNIT := $(GO) list ./... | grep -v internal/lab/e2e
 
-.PHONY: build demo test lint unit e2e test-attacks test-full test-vm fuzz bench bench-door soak clean demo-tools test-tools full-tools vm-tools peer-tools soak-tools
+.PHONY: build demo test lint unit e2e test-attacks test-full test-vm fuzz bench bench-door bench-sessions soak clean demo-tools test-tools full-tools vm-tools peer-tools soak-tools
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
@@ -71,6 +71,11 @@ bench:
 bench-door: peer-tools build
 	$(GO) build -o bin/lab-peers ./internal/lab/peers
 	bin/lab-peers
+
+# What sessions cost, how soon a revoked one is gone, what a killed daemon does to the others. It wants an idle machine.
+bench-sessions: demo-tools build
+	$(GO) build -o bin/lab-sessions ./internal/lab/sessions
+	bin/lab-sessions
 
 soak: soak-tools build
 	$(GO) build -o bin/lab-soak ./internal/lab/soak

@@ -95,6 +95,10 @@ func (f *Firewall) replaceLocked(cfg Config, next *next) (fresh bool, err error)
 // configurations of a trial are more than the kernel's default of 208 KiB holds. It is a bound, not an allocation.
 const readBuffer = 4 << 20
 
+// writeBuffer has room for the largest batch, which leaves in one message: full sets after a repair, some 100 bytes an element.
+// It is a bound too.
+const writeBuffer = 64 << 20
+
 // connLocked is the one socket for everything. It stays open: closing a netfilter socket waits until the kernel has freed
 // what the last commit took out, some 14 ms, while a commit itself takes 0.1 ms.
 func (f *Firewall) connLocked() (*nftables.Conn, error) {
@@ -103,7 +107,7 @@ func (f *Firewall) connLocked() (*nftables.Conn, error) {
 	}
 	c, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(f.netns), nftables.WithSockOptions(func(nl *netlink.Conn) error {
 		f.nl = nl
-		return nl.SetReadBuffer(readBuffer)
+		return errors.Join(nl.SetReadBuffer(readBuffer), nl.SetWriteBuffer(writeBuffer))
 	}))
 	if err != nil {
 		return nil, fmt.Errorf("netlink socket to nftables: %w", err)

@@ -3,6 +3,7 @@ package firewall
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -85,14 +86,26 @@ func peer(p netip.AddrPort) (set string, key []byte) {
 	return "peer6", service(p.Addr(), p.Port())
 }
 
-// ForgetSessions empties the sets of admitted addresses and peers, for a start from which sessions come back one by one.
-func (f *Firewall) ForgetSessions() error {
-	return f.take(func() { clear(f.state.admitted); clear(f.state.peers) }, func(c *nftables.Conn) error {
-		for _, set := range []string{"admitted", "service", "peer4", "peer6"} {
-			c.FlushSet(named(set))
-		}
-		return nil
-	})
+// Resume makes these, and no others, the addresses that are admitted, their services, and the endpoints that need no window,
+// each until its time: for a start, with the sessions that come back.
+func (f *Firewall) Resume(admitted map[netip.Addr]time.Time, services map[netip.Addr][]uint16, peers map[netip.AddrPort]time.Time) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.applied {
+		return ErrNotApplied
+	}
+	clear(f.state.admitted)
+	for a, until := range admitted {
+		f.state.admitted[a] = admission{services[a], until}
+	}
+	f.state.peers = maps.Clone(peers)
+	if f.state.peers == nil {
+		f.state.peers = map[netip.AddrPort]time.Time{}
+	}
+	if err := f.fillLocked(time.Now(), "admitted", "service", "peer4", "peer6"); err != nil {
+		return fmt.Errorf("change table inet %s: %w", TableName, err)
+	}
+	return nil
 }
 
 // change lets something in: one small batch, built under the mutex, and if the kernel took it, a note in the mirror. When the

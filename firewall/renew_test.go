@@ -2,6 +2,7 @@ package firewall
 
 import (
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 )
@@ -50,5 +51,43 @@ func TestKnockingAgainExtendsTheWindowForTheNewCredential(t *testing.T) {
 			t.Errorf("after knock %d: %+v, %v", i+1, w, err)
 		}
 		time.Sleep(5 * time.Second)
+	}
+}
+
+func TestResumeLeavesWhatComesBackAndNothingElse(t *testing.T) {
+	f := applied(t, example())
+	gone, stays := netip.MustParseAddr("10.77.0.2"), netip.MustParseAddr("10.77.0.3")
+	old, back, back6 := netip.MustParseAddrPort("198.18.1.2:5000"), netip.MustParseAddrPort("198.18.1.2:6000"), netip.MustParseAddrPort("[2001:db8::1]:6000")
+	for _, err := range []error{f.Admit(gone, []uint16{22}, soon()), f.AddPeer(old, soon())} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := f.Resume(map[netip.Addr]time.Time{stays: soon(), gone.Next().Next(): time.Now()}, map[netip.Addr][]uint16{stays: {23}},
+		map[netip.AddrPort]time.Time{back: soon(), back6: soon()}); err != nil {
+		t.Fatal(err)
+	}
+	for set, want := range map[string]string{"admitted": "10.77.0.3 ", "service": "10.77.0.3 . 23 ", "peer4": "198.18.1.2 . 6000 ", "peer6": "2001:db8::1 . 6000 "} {
+		out := run(t, "", "nft", "list", "set", "inet", TableName, set)
+		_, elements, _ := strings.Cut(out, "elements = {")
+		if !strings.Contains(elements, want) || strings.Count(elements, "expires") != 1 {
+			t.Errorf("set %s holds %s, want %s alone", set, elements, want)
+		}
+	}
+	// What is added and taken out later goes on from there, a repair included.
+	if err := f.Dismiss(stays); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.AddPeer(old, soon()); err != nil {
+		t.Fatal(err)
+	}
+	if out := run(t, "", "nft", "list", "set", "inet", TableName, "service"); strings.Contains(out, "elements") {
+		t.Errorf("a service outlives its address: %s", out)
+	}
+	if err := f.Resume(nil, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.AddPeer(old, soon()); err != nil {
+		t.Fatal(err)
 	}
 }

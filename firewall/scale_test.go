@@ -101,6 +101,42 @@ func TestTenThousandUsersOpenAtTheFirstTry(t *testing.T) {
 	}
 }
 
+func TestTenThousandSessionsComeBackAtAStartAndAfterAnotherToolsFlush(t *testing.T) {
+	f := applied(t, example())
+	admitted, services, peers := map[netip.Addr]time.Time{}, map[netip.Addr][]uint16{}, map[netip.AddrPort]time.Time{}
+	inner, outer, outer6 := netip.MustParseAddr("10.77.0.1"), netip.MustParseAddr("198.18.64.0"), netip.MustParseAddr("2001:db8::1")
+	for range 10_000 {
+		inner, outer, outer6 = inner.Next(), outer.Next(), outer6.Next()
+		admitted[inner], services[inner] = soon(), []uint16{22, 23}
+		peers[netip.AddrPortFrom(outer, 5000)], peers[netip.AddrPortFrom(outer6, 5000)] = soon(), soon()
+	}
+	counts := func(what string) {
+		t.Helper()
+		fill, err := f.Fill()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for set, want := range map[string]int{"admitted": 10_000, "service": 20_000, "peer4": 10_000, "peer6": 10_000} {
+			if got := fill[set].Elements; got != want {
+				t.Errorf("%s: set %s holds %d, want %d", what, set, got, want)
+			}
+		}
+	}
+	start := time.Now()
+	if err := f.Resume(admitted, services, peers); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("written in %v", time.Since(start).Round(time.Millisecond))
+	counts("at a start")
+	run(t, "", "nft", "flush", "ruleset")
+	repair, err := f.check(time.Now(), false)
+	if err != nil || !repair.restored {
+		t.Fatalf("%+v, %v", repair, err)
+	}
+	t.Logf("repaired in %v", repair.took.Round(time.Millisecond))
+	counts("after a flush")
+}
+
 // What is loaded of a step grows with the time, is whole when the step before it begins, and never loaded below the floor.
 func TestStepsAreLoadedLittleByLittle(t *testing.T) {
 	f := New(testLog(t), private(t))

@@ -107,6 +107,11 @@ func (f *Firewall) check(now time.Time, prune bool) (r repair, err error) {
 
 // restoreLocked makes the sets hold what the mirror says, whatever they hold now. Tokens are the loader's.
 func (f *Firewall) restoreLocked(now time.Time) error {
+	return f.fillLocked(now, "tokens", "spent", "open4", "open6", "seq4", "seq6", "admitted", "service", "peer4", "peer6", "progress4", "progress6")
+}
+
+// fillLocked makes some sets hold what the mirror says, in one commit.
+func (f *Firewall) fillLocked(now time.Time, sets ...string) error {
 	f.state.prune(now)
 	elements := map[string][]nftables.SetElement{}
 	add := func(set string, key, val []byte, until time.Time) {
@@ -131,7 +136,7 @@ func (f *Firewall) restoreLocked(now time.Time) error {
 		add("spent", t[:], nil, until)
 	}
 	return f.commitLocked(func(c *nftables.Conn) error {
-		for _, set := range []string{"tokens", "spent", "open4", "open6", "seq4", "seq6", "admitted", "service", "peer4", "peer6", "progress4", "progress6"} {
+		for _, set := range sets {
 			c.FlushSet(named(set))
 			for part := range slices.Chunk(elements[set], chunk) {
 				if err := c.SetAddElements(named(set), part); err != nil {

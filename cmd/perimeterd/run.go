@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"os/signal"
 	"syscall"
@@ -56,6 +57,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	signal.Notify(hup, syscall.SIGHUP)
 	defer signal.Stop(hup)
 	log := newLog(cfg.Log)
+	limitMemory(log)
 	// While this process is still root's: a signer of its own becomes another user.
 	sign := newSigner(cfg, "--renewals")
 	defer sign.Close()
@@ -135,9 +137,6 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := door.ForgetSessions(); err != nil { // they come back one by one, from the store
-		return err
-	}
 	tokens, err := firewall.NewTokens(door, fresh, keys.serverID, table.Step, meta, log)
 	if err != nil {
 		return err
@@ -202,6 +201,9 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 			return err
 		}
 	}
+	if err := tunnel.Resume(store.List(), time.Now()); err != nil {
+		return err
+	}
 	// The order of an end: the tunnel carries no more, the proxy resets what it has open, then the address may rest.
 	store.Watch(tunnel.SessionEvent)
 	store.Watch(forward.SessionEvent)
@@ -220,7 +222,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 		return err
 	}
 	orphans, err := door.Connections(cfg.Proxy.Listen)
-	if err := errors.Join(err, proxy.CutOrphans(cfg.Proxy.Listen, orphans)); err != nil {
+	if err != nil {
 		log.Warn("clients of an earlier run are not told that their connections are gone", "err", err)
 	}
 
@@ -281,6 +283,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 		g.Go(func() error { return tokens.Run(ctx) })
 	}
 	g.Go(func() error { return tunnel.Run(ctx, store.Note) })
+	g.Go(func() error { return cutOrphans(ctx, tunnel.Begun(), cfg.Proxy.Listen, orphans, log) })
 	g.Go(func() error { return tunnel.WriteStatus(ctx, cfg.Gate.StatusFile) })
 	g.Go(func() error { return api.Run(ctx, gates...) })
 	g.Go(func() error { return forward.Run(ctx, inner) })
@@ -314,6 +317,28 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 		return err
 	}
 	log.Info("stopped: the door stays as closed as it was, open windows expire on time")
+	return nil
+}
+
+// cutOrphans tells clients of an earlier run that their proxied connections are gone, once their tunnels have keys again, and
+// once more a second later, for what was lost.
+func cutOrphans(ctx context.Context, keys <-chan struct{}, at netip.AddrPort, clients []netip.AddrPort, log *slog.Logger) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-keys:
+	}
+	for range 2 {
+		if err := proxy.CutOrphans(at, clients); err != nil {
+			log.Warn("clients of an earlier run are not told that their connections are gone", "err", err)
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(time.Second):
+		}
+	}
 	return nil
 }
 

@@ -17,8 +17,9 @@ const (
 // watched is the tunnel's bind with a look at the handshakes that pass.
 type watched struct {
 	*vpn.Bind
-	heed       func(initiation []byte) bool // false: the device does not get it
-	handshakes atomic.Uint64
+	heed      func(initiation []byte) bool // false: the device does not get it
+	sent      atomic.Uint64                // handshake responses
+	responses atomic.Uint64                // that came
 }
 
 // Open implements conn.Bind.
@@ -34,7 +35,7 @@ func (w *watched) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 						sizes[j] = 0
 					}
 				case sizes[j] == vpn.ResponseSize && bufs[j][0] == messageResponse:
-					w.handshakes.Add(1)
+					w.responses.Add(1)
 				}
 			}
 			return n, err
@@ -46,10 +47,10 @@ func (w *watched) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 // Send implements conn.Bind.
 func (w *watched) Send(bufs [][]byte, ep conn.Endpoint) error {
 	if len(bufs[0]) == vpn.ResponseSize && bufs[0][0] == messageResponse {
-		w.handshakes.Add(1)
+		w.sent.Add(1)
 	}
 	return w.Bind.Send(bufs, ep)
 }
 
 // Handshakes counts handshake responses, sent and received. When it moves, some peer's endpoint may have.
-func (w *watched) Handshakes() uint64 { return w.handshakes.Load() }
+func (w *watched) Handshakes() uint64 { return w.sent.Load() + w.responses.Load() }

@@ -68,6 +68,13 @@ func (d *openDoor) RemovePeer(p netip.AddrPort) error {
 	return nil
 }
 
+func (d *openDoor) Resume(admitted map[netip.Addr]time.Time, _ map[netip.Addr][]uint16, peers map[netip.AddrPort]time.Time) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.admitted, d.peers = admitted, peers
+	return nil
+}
+
 func (d *openDoor) sizes() (admitted, peers int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -104,6 +111,9 @@ func (b *bench) startTunnel() {
 	}
 	b.tun = tuntest.NewChannelTUN()
 	if b.tunnel, err = NewTunnel(b.cfg, b.private, b.tun.TUN(), b.door, b.log); err != nil {
+		b.t.Fatal(err)
+	}
+	if err := b.tunnel.Resume(b.store.List(), time.Now()); err != nil {
 		b.t.Fatal(err)
 	}
 	b.store.Watch(b.tunnel.SessionEvent)

@@ -29,6 +29,8 @@ type Door interface {
 	Dismiss(netip.Addr) error
 	AddPeer(netip.AddrPort, time.Time) error
 	RemovePeer(netip.AddrPort) error
+	// Resume makes these, and no others, the admitted addresses with their services, and the endpoints.
+	Resume(admitted map[netip.Addr]time.Time, services map[netip.Addr][]uint16, peers map[netip.AddrPort]time.Time) error
 }
 
 // Tunnel is the server's WireGuard device. Sessions come and go by events from the store. A new session is pending: its
@@ -42,6 +44,7 @@ type Tunnel struct {
 	door  Door
 	log   *slog.Logger
 	wake  chan struct{} // a session was admitted: its endpoint is known now
+	begun chan struct{} // closed: see Begun
 
 	offered []Service
 	reading *rate.Limiter // of initiations
@@ -55,7 +58,8 @@ type Tunnel struct {
 type peer struct {
 	session  session.Session
 	endpoint netip.AddrPort // as last written to the door
-	shared   [32]byte       // secret of its static key and ours
+	until    time.Time      // and how long it may stay there
+	shared   *[32]byte      // secret of its static key and ours, once it was needed
 	stamp    [12]byte       // of its latest initiation
 	barred   [12]byte       // no initiation up to this one: replays, of before a restart
 	noted    session.Seen
@@ -68,7 +72,7 @@ func NewTunnel(cfg Config, private session.Key, dev tun.Device, door Door, log *
 		return nil, fmt.Errorf("the tunnel's private key: %w", err)
 	}
 	t := &Tunnel{keys: [2][32]byte{private, [32]byte(public)}, bind: &watched{Bind: vpn.NewBind()}, door: door, log: log, offered: cfg.Services,
-		wake: make(chan struct{}, 1), peers: map[session.Key]*peer{}, reading: rate.NewLimiter(readRate, readBurst)}
+		wake: make(chan struct{}, 1), begun: make(chan struct{}), peers: map[session.Key]*peer{}, reading: rate.NewLimiter(readRate, readBurst)}
 	t.bind.heed = t.heed
 	t.inner = &admitting{Device: dev, admit: t.admit, pending: map[[4]byte]session.Session{}}
 	quiet := &device.Logger{Verbosef: device.DiscardLogf, Errorf: func(format string, args ...any) {
@@ -95,6 +99,42 @@ func (t *Tunnel) Close() {
 // Pending is how many sessions wait for the first packet through their keys.
 func (t *Tunnel) Pending() int { return int(t.inner.count.Load()) }
 
+// Begun is closed when Run has begun the handshakes of all sessions that came back.
+func (t *Tunnel) Begun() <-chan struct{} { return t.begun }
+
+// Resume adds the sessions that outlived an earlier run. It is to be called before the tunnel hears of events.
+//
+// Who has proven his key then need not do it again, and is admitted: until he sends something, what the host sends him would be
+// dropped. Run shakes hands with those who were there a moment ago.
+func (t *Tunnel) Resume(sessions []session.Session, now time.Time) error {
+	admitted, services, endpoints := map[netip.Addr]time.Time{}, map[netip.Addr][]uint16{}, map[netip.AddrPort]time.Time{}
+	var config strings.Builder
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, s := range sessions {
+		p := t.knowLocked(s)
+		config.WriteString(peerConfig(s))
+		if s.Seen.Handshake.IsZero() {
+			t.inner.expect(s)
+			continue
+		}
+		admitted[s.Address], services[s.Address] = s.Expires, t.services(s.Groups)
+		if age := now.Sub(s.Seen.Handshake); s.Seen.Endpoint.IsValid() && age >= 0 && age < keysLife {
+			p.endpoint, p.until = s.Seen.Endpoint, endpointEnd(s, s.Seen.Handshake, now)
+			endpoints[p.endpoint] = p.until
+			fmt.Fprintf(&config, "endpoint=%v\n", p.endpoint)
+			t.back = append(t.back, p)
+		}
+	}
+	if err := t.door.Resume(admitted, services, endpoints); err != nil {
+		return err
+	}
+	if err := t.dev.IpcSet(config.String()); err != nil { // IpcSet's errors quote no values
+		return fmt.Errorf("peers of %d sessions: %w", len(sessions), err)
+	}
+	return nil
+}
+
 // SessionEvent adds or removes a peer. It is a session.Store watcher.
 func (t *Tunnel) SessionEvent(e session.Event) {
 	if e.Ended == "" {
@@ -105,38 +145,31 @@ func (t *Tunnel) SessionEvent(e session.Event) {
 }
 
 func (t *Tunnel) add(s session.Session) {
-	p := &peer{session: s, stamp: s.Seen.Stamp, barred: s.Seen.Stamp, noted: s.Seen}
-	if shared, err := curve25519.X25519(t.keys[0][:], s.PublicKey[:]); err == nil { // else no stamp opens
-		p.shared = [32]byte(shared)
-	}
-	now := time.Now()
-	age := now.Sub(s.Seen.Handshake)
-	back := s.Seen.Endpoint.IsValid() && age >= 0 && age < keysLife
 	t.mu.Lock()
+	if p := t.peers[s.PublicKey]; p != nil && p.session.ID == s.ID { // resumed
+		t.mu.Unlock()
+		return
+	}
+	t.knowLocked(s)
+	t.mu.Unlock()
+	t.inner.expect(s)
+	if err := t.dev.IpcSet(peerConfig(s)); err != nil {
+		t.log.Error("peer not added", "session", s.ID, "user", s.User, "err", err)
+	}
+}
+
+// knowLocked is before the device knows the peer, so that each of its initiations is read.
+func (t *Tunnel) knowLocked(s session.Session) *peer {
+	p := &peer{session: s, stamp: s.Seen.Stamp, barred: s.Seen.Stamp, noted: s.Seen}
 	t.peers[s.PublicKey] = p
 	if p.barred != ([12]byte{}) {
 		t.barred++
 	}
-	t.mu.Unlock()
-	// Who has proven his key before a restart need not do it again: until he sends something, what the host sends him would
-	// be dropped.
-	if s.Seen.Handshake.IsZero() || t.let(s) != nil {
-		t.inner.expect(s)
-	}
-	config := fmt.Sprintf("public_key=%x\npreshared_key=%x\nreplace_allowed_ips=true\nallowed_ip=%s/32\n", s.PublicKey, s.PresharedKey, s.Address)
-	if back {
-		config += fmt.Sprintf("endpoint=%v\n", s.Seen.Endpoint)
-	}
-	if err := t.dev.IpcSet(config); err != nil { // IpcSet's errors quote no values
-		t.log.Error("peer not added", "session", s.ID, "user", s.User, "err", err)
-		return
-	}
-	if back {
-		t.mu.Lock()
-		defer t.mu.Unlock()
-		t.moveLocked(p, s.Seen.Endpoint, endpointEnd(s, s.Seen.Handshake, now))
-		t.back = append(t.back, p)
-	}
+	return p
+}
+
+func peerConfig(s session.Session) string {
+	return fmt.Sprintf("public_key=%x\npreshared_key=%x\nreplace_allowed_ips=true\nallowed_ip=%s/32\n", s.PublicKey, s.PresharedKey, s.Address)
 }
 
 func (t *Tunnel) remove(s session.Session) {
@@ -161,9 +194,13 @@ func (t *Tunnel) remove(s session.Session) {
 // moveLocked tells the door of a peer's endpoint, and takes out the one it had unless another peer is there too.
 func (t *Tunnel) moveLocked(p *peer, to netip.AddrPort, until time.Time) {
 	old := p.endpoint
-	p.endpoint = to
+	if old == to && until.Sub(p.until).Abs() < time.Second {
+		return
+	}
+	p.endpoint, p.until = to, until
 	if to.IsValid() {
 		if err := t.door.AddPeer(to, until); err != nil {
+			p.until = time.Time{} // with the next look
 			t.log.Error("endpoint not written", "session", p.session.ID, "endpoint", to, "err", err)
 		}
 	}
@@ -183,7 +220,8 @@ func (t *Tunnel) moveLocked(p *peer, to netip.AddrPort, until time.Time) {
 // admit runs on the first packet of a pending session, before the packet goes on. A packet whose address cannot be
 // admitted is dropped by the table, and the next one tries again.
 func (t *Tunnel) admit(s session.Session) bool {
-	if t.let(s) != nil {
+	if err := t.door.Admit(s.Address, t.services(s.Groups), s.Expires); err != nil {
+		t.log.Error("address not admitted", "session", s.ID, "address", s.Address, "err", err)
 		return false
 	}
 	t.log.Info("session admitted", "session", s.ID, "user", s.User, "address", s.Address)
@@ -192,14 +230,6 @@ func (t *Tunnel) admit(s session.Session) bool {
 	default:
 	}
 	return true
-}
-
-func (t *Tunnel) let(s session.Session) error {
-	err := t.door.Admit(s.Address, t.services(s.Groups), s.Expires)
-	if err != nil {
-		t.log.Error("address not admitted", "session", s.ID, "address", s.Address, "err", err)
-	}
-	return err
 }
 
 // services are the ports of the host that a member of these groups reaches.
@@ -264,7 +294,14 @@ func (t *Tunnel) heed(message []byte) bool {
 	if p == nil {
 		return true
 	}
-	stamp, ok := i.stamp(p.shared)
+	if p.shared == nil {
+		shared, err := curve25519.X25519(t.keys[0][:], p.session.PublicKey[:])
+		if err != nil {
+			return true
+		}
+		p.shared = (*[32]byte)(shared)
+	}
+	stamp, ok := i.stamp(*p.shared)
 	if !ok {
 		return true
 	}
@@ -296,16 +333,23 @@ func endpointEnd(s session.Session, handshake, now time.Time) time.Time {
 	return until
 }
 
-// resumePace is between two handshakes that the server begins after a restart: their responses must not take the device's
-// queue of handshakes to where it wants cookies, an eighth of a thousand.
-const resumePace = time.Millisecond
+// The server begins handshakes after a restart, so many at once: their responses must not take the device's queue to where it
+// wants cookies, an eighth of a thousand. Who has not answered after resumePatience is not waited for.
+const (
+	resumeAtOnce   = 64
+	resumePace     = time.Millisecond
+	resumePatience = 500 * time.Millisecond
+)
+
+// The device is asked for its peers, which costs some 2 µs each, at once after an admission and within a second after a
+// handshake, and no more often than this.
+const lookEvery = 250 * time.Millisecond
 
 // Run keeps the door's peers at the endpoints of the handshakes, and gives note what must be known after a restart, until
-// ctx ends. Asking the device for its peers costs some 2 µs each, so it asks only when a handshake was answered, and at most
-// once a second. First it begins the handshakes of sessions that came back, or their clients, who know of no restart, would
-// wait for 15 s before they begin one.
+// ctx ends. First it begins the handshakes of sessions that came back, or their clients, who know of no restart, would wait
+// for 15 s before they begin one.
 func (t *Tunnel) Run(ctx context.Context, note func(map[session.ID]session.Seen) error) error {
-	tick, pace := time.NewTicker(time.Second), time.NewTicker(resumePace)
+	tick, pace := time.NewTicker(lookEvery), time.NewTicker(resumePace)
 	defer tick.Stop()
 	defer pace.Stop()
 	t.mu.Lock()
@@ -314,30 +358,42 @@ func (t *Tunnel) Run(ctx context.Context, note func(map[session.ID]session.Seen)
 	t.mu.Unlock()
 	// Who was there last is most likely to be there still.
 	slices.SortFunc(back, func(a, b *peer) int { return b.session.Seen.Handshake.Compare(a.session.Seen.Handshake) })
+	open, answered, patience := 0, t.bind.responses.Load(), time.Now()
 	var seen uint64
-	failed := ""
-	for {
+	var looked time.Time
+	woken, failed := false, ""
+	for n := 1; ; {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-pace.C:
 			if len(back) == 0 {
 				pace.Stop()
+				close(t.begun)
 				continue
 			}
-			if p := t.dev.LookupPeer(device.NoisePublicKey(back[0].session.PublicKey)); p != nil {
-				_ = p.SendHandshakeInitiation(false) // the device repeats it
+			now := t.bind.responses.Load()
+			if open -= int(now - answered); open < 0 || time.Since(patience) > resumePatience {
+				open, patience = 0, time.Now()
 			}
-			back = back[1:]
+			answered = now
+			for ; open < resumeAtOnce && len(back) > 0; back = back[1:] {
+				if p := t.dev.LookupPeer(device.NoisePublicKey(back[0].session.PublicKey)); p != nil {
+					_ = p.SendHandshakeInitiation(false) // the device repeats it
+					open++
+				}
+			}
 			continue
 		case <-t.wake:
+			woken = true
 		case <-tick.C:
-			n := t.bind.Handshakes()
-			if n == seen {
-				continue
-			}
-			seen = n
+			n++
 		}
+		handshakes := t.bind.Handshakes()
+		if time.Since(looked) < lookEvery || !woken && (handshakes == seen || n%int(time.Second/lookEvery) != 0) {
+			continue
+		}
+		woken, seen, looked = false, handshakes, time.Now()
 		endpoints, err := t.endpoints()
 		if err != nil {
 			t.log.Error("endpoints of the tunnel not read", "err", err)

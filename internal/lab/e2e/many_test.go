@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -182,5 +183,80 @@ func TestEveryEndOfASessionLeavesNothingOfItAndTheOthersAlone(t *testing.T) {
 			t.Errorf("a bystander's download ended: %v", d.Err())
 		default:
 		}
+	}
+}
+
+// The daemon is killed, then frozen, with clients inside who move data, and strangers outside who try.
+func TestManySessionsOutliveAKillAndAFreeze(t *testing.T) {
+	c := newCrowd(t, days(24))
+	all := c.downloads()
+	ids := func() (list []string) {
+		for id := range strings.SplitSeq(c.sessionsJSON(), `"id": "`) {
+			list = append(list, id[:min(len(id), 32)])
+		}
+		slices.Sort(list)
+		return list
+	}
+	before := ids()
+	c.await("every endpoint is noted", func() bool { return strings.Count(c.sessionsJSON(), `"endpoint"`) == len(c.Members) })
+	strangers := c.Prober(c.Client, c.Bastion.Addr, 1194, c.Stranger)
+	strangers.Workers = 2
+	ctx, stop := context.WithCancel(c.ctx)
+	defer stop()
+	probed := make(chan error, 1)
+	go func() { probed <- strangers.Run(ctx) }()
+
+	if err := c.daemon.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	c.daemon.Wait()
+	if err := c.daemon.Start(c.ctx); err != nil {
+		t.Fatal(err)
+	}
+	ready := time.Now()
+	for _, m := range c.Members {
+		if err := m.Echo(c.ctx); err != nil {
+			t.Fatalf("%s: nothing comes through its tunnel after a kill: %v", m.Name, err)
+		}
+	}
+	t.Logf("all %d tunnels carried data %v after ready", len(c.Members), time.Since(ready).Round(time.Millisecond))
+	for i, d := range all {
+		select {
+		case <-d.Done:
+			if !errors.Is(d.Err(), syscall.ECONNRESET) {
+				t.Errorf("%s: its download ended with %v, want a reset", c.Members[i].Name, d.Err())
+			}
+		case <-time.After(30 * time.Second):
+			t.Fatalf("%s: its download hangs", c.Members[i].Name)
+		}
+	}
+	if after := ids(); !slices.Equal(after, before) {
+		t.Errorf("the sessions were %v and are %v", before, after)
+	}
+
+	all = c.downloads()
+	if err := c.daemon.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Second)
+	var bytes []int64
+	for _, d := range all {
+		bytes = append(bytes, d.Bytes())
+	}
+	if err := c.daemon.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	for i, d := range all {
+		c.await(c.Members[i].Name+": its download goes on after a freeze", func() bool { return d.Bytes() > bytes[i] })
+	}
+	if after := ids(); !slices.Equal(after, before) {
+		t.Errorf("the sessions were %v and are %v", before, after)
+	}
+	stop()
+	if err := <-probed; err != nil {
+		t.Fatal(err)
+	}
+	if tally := strangers.Tally(); tally.Accepted != 0 || tally.Refused != 0 || tally.Silent == 0 {
+		t.Errorf("strangers meanwhile: %+v", tally)
 	}
 }

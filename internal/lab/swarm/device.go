@@ -4,6 +4,7 @@ package swarm
 
 import (
 	"bufio"
+	"encoding/binary"
 	"errors"
 	"net"
 	"net/netip"
@@ -13,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/conn"
 	wgtun "golang.zx2c4.com/wireguard/tun"
 )
@@ -43,11 +45,49 @@ func (t *tun) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 
 func (t *tun) Write(bufs [][]byte, offset int) (int, error) {
 	for _, b := range bufs {
+		if isEcho(b[offset:]) {
+			select {
+			case t.member.echoes <- struct{}{}:
+			default:
+			}
+			continue
+		}
 		if _, err := t.member.swarm.tun.Write(b[offset:]); err != nil {
 			return 0, err
 		}
 	}
 	return len(bufs), nil
+}
+
+// echoID tells our echoes from the kernel's.
+const echoID = 0xec40
+
+// echo is an ICMP echo request.
+func echo(from, to netip.Addr) []byte {
+	p := make([]byte, 28)
+	p[0], p[3], p[8], p[9] = 0x45, 28, 64, unix.IPPROTO_ICMP
+	copy(p[12:], from.AsSlice())
+	copy(p[16:], to.AsSlice())
+	binary.BigEndian.PutUint16(p[10:], checksum(p[:20]))
+	p[20] = 8
+	binary.BigEndian.PutUint16(p[24:], echoID)
+	binary.BigEndian.PutUint16(p[22:], checksum(p[20:]))
+	return p
+}
+
+// isEcho tells whether a packet answers one.
+func isEcho(p []byte) bool {
+	return len(p) >= 28 && p[0] == 0x45 && p[9] == unix.IPPROTO_ICMP && p[20] == 0 && binary.BigEndian.Uint16(p[24:]) == echoID
+}
+
+// checksum is RFC 1071's, of an even number of bytes.
+func checksum(b []byte) uint16 {
+	sum := uint32(0)
+	for i := 0; i < len(b); i += 2 {
+		sum += uint32(binary.BigEndian.Uint16(b[i:]))
+	}
+	sum = sum>>16 + sum&0xffff
+	return ^uint16(sum>>16 + sum)
 }
 
 func (t *tun) MTU() (int, error)     { return mtu, nil }

@@ -17,7 +17,7 @@ import (
 )
 
 // received is the most that may lie unread in a socket.
-const received = 32 << 10
+const received = 8 << 10
 
 // Download is a file that a member fetches through tunnel and proxy, slowly.
 type Download struct {
@@ -26,6 +26,7 @@ type Download struct {
 	conn  net.Conn
 	bytes atomic.Int64
 	last  atomic.Int64 // when the last byte came, Unix nanoseconds
+	ended time.Time
 	err   error
 }
 
@@ -69,7 +70,7 @@ func (m *Member) Download(ctx context.Context, from Source, size int64, rate int
 				d.bytes.Add(int64(n))
 			}
 			if err != nil {
-				d.err = err
+				d.err, d.ended = err, time.Now()
 				return
 			}
 			time.Sleep(time.Duration(n) * time.Second / time.Duration(rate))
@@ -120,6 +121,9 @@ func (d *Download) Last() time.Time { return time.Unix(0, d.last.Load()) }
 
 // Err is how it ended; to be asked after Done.
 func (d *Download) Err() error { return d.err }
+
+// Ended is when it ended; to be asked after Done.
+func (d *Download) Ended() time.Time { return d.ended }
 
 // Close ends it.
 func (d *Download) Close() { d.conn.Close() }

@@ -39,6 +39,7 @@ type Member struct {
 	in          chan []byte // packets for the tunnel
 	out         atomic.Pointer[device.Device]
 	knocks      atomic.Uint32
+	echoes      chan struct{} // gets a token for each answer to an echo
 }
 
 // join knocks, asks for a session, and brings the tunnel up by the handshake in the request.
@@ -169,6 +170,36 @@ func (m *Member) Handshake(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// echoEvery is how often Echo asks again.
+const echoEvery = 10 * time.Millisecond
+
+// Echo asks the server for an answer through the tunnel (ICMP, RFC 792) until one comes.
+func (m *Member) Echo(ctx context.Context) error {
+	for {
+		select {
+		case <-m.echoes:
+			continue // of an earlier one
+		default:
+		}
+		break
+	}
+	packet := echo(m.Address, netip.MustParseAddr("10.77.0.1"))
+	for {
+		select {
+		case m.in <- packet:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		select {
+		case <-m.echoes:
+			return nil
+		case <-time.After(echoEvery):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 // token is the member's next knock.

@@ -12,6 +12,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"sync"
@@ -80,6 +81,12 @@ func New(ctx context.Context, l *lab.Lab, d *lab.Daemon, valid ...time.Duration)
 	for i, m := range s.Members {
 		m.Outer = outer[i]
 	}
+	// By way of one address: the kernel has room for a thousand neighbours.
+	if err := l.Bastion.Do(func() error {
+		return netlink.RouteReplace(&netlink.Route{Dst: &net.IPNet{IP: net.IPv4(198, 18, 64, 0), Mask: net.CIDRMask(18, 32)}, Gw: l.Client.Addr.AsSlice()})
+	}); err != nil {
+		return nil, err
+	}
 	if err := s.open(); err != nil {
 		return nil, err
 	}
@@ -121,7 +128,7 @@ func (s *Swarm) enrol(cfg *configs.Config, valid []time.Duration) error {
 		if _, err := users.Add(identity.Enrolment{Name: name, Groups: []string{"operators"}, Device: "lab", Key: issued.KeyHash, NotAfter: issued.NotAfter}, now); err != nil {
 			return err
 		}
-		m := &Member{Name: name, swarm: s, secret: knock.Secret(master[:], name, 0), in: make(chan []byte, 256)}
+		m := &Member{Name: name, swarm: s, secret: knock.Secret(master[:], name, 0), in: make(chan []byte, 256), echoes: make(chan struct{}, 1)}
 		if m.certificate, err = tls.X509KeyPair(issued.Certificate, issued.Key); err != nil {
 			return err
 		}

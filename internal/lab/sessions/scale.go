@@ -1,0 +1,145 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+	"time"
+
+	"perimeterd/internal/lab/swarm"
+)
+
+// scale holds many sessions at once.
+func scale(ctx context.Context, out *report, many int) error {
+	r, err := newRoom(ctx, many)
+	if err != nil {
+		return err
+	}
+	defer r.close()
+	out.title("%d sessions", many)
+	busy, err := r.daemon.Usage()
+	if err != nil {
+		return err
+	}
+	out.add("from nothing to all inside, 16 at a time", "%v, %.0f a second; daemon's CPU %.2f ms each", rounded(r.joined),
+		float64(many)/r.joined.Seconds(), (busy.CPU-r.idle.CPU).Seconds()*1000/float64(many))
+	out.add("each: knock → keys", "%s", spread(r.took))
+	// A first packet through each admits it.
+	if err := each(r.swarm.Members, 16, func(_ int, m *swarm.Member) error {
+		c, err := m.Dial(ctx, r.source.Proxy)
+		if err != nil {
+			return err
+		}
+		return c.Close()
+	}); err != nil {
+		return err
+	}
+	if err := r.noted(ctx, many); err != nil {
+		return err
+	}
+	full, err := r.daemon.Usage()
+	if err != nil {
+		return err
+	}
+	m, err := r.daemon.Metrics(ctx, metricsAddress)
+	if err != nil {
+		return err
+	}
+	value := func(name string) float64 {
+		v, e := m.Value(name)
+		err = errors.Join(err, e)
+		return v
+	}
+	goroutines, heap, stacks := value("go_goroutines"), value("go_memstats_next_gc_bytes")/2, value("go_memstats_stack_inuse_bytes")
+	if err != nil {
+		return err
+	}
+	out.add("daemon's resident memory: without sessions, with all, each", "%.0f MB, %.0f MB, %.1f KB", mega(r.idle.RSS), mega(full.RSS), float64(full.RSS-r.idle.RSS)/1000/float64(many))
+	out.add("of it heap that the last collection left, stacks; goroutines, descriptors", "%.0f MB and %.0f MB; %.0f, %d", heap/1e6, stacks/1e6, goroutines, full.FDs)
+
+	var list []time.Duration
+	for range 5 {
+		start := time.Now()
+		s, err := r.sessions(ctx)
+		if err != nil {
+			return err
+		}
+		list = append(list, time.Since(start))
+		out.promise(len(s) == many, "%d sessions are listed, of %d", len(s), many)
+	}
+	out.add("`perimeterd sessions --json`", "%s", spread(list))
+
+	before, err := r.daemon.Usage()
+	if err != nil {
+		return err
+	}
+	start := time.Now()
+	shaking, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	if err := each(r.swarm.Members, 32, func(_ int, m *swarm.Member) error { return m.Handshake(shaking) }); err != nil {
+		return fmt.Errorf("handshakes: %w", err)
+	}
+	took := time.Since(start)
+	after, err := r.daemon.Usage()
+	if err != nil {
+		return err
+	}
+	out.add("a handshake of each by UDP, 32 at a time", "%.0f a second; daemon's CPU %.2f ms each", float64(many)/took.Seconds(), (after.CPU-before.CPU).Seconds()*1000/float64(many))
+
+	var last []time.Duration
+	for i, m := range r.swarm.Members[:5] {
+		d, err := m.Download(ctx, r.source, endless+int64(i), 20_000_000)
+		if err != nil {
+			return err
+		}
+		for d.Bytes() < 1<<20 {
+			time.Sleep(time.Millisecond)
+		}
+		command := time.Now()
+		seen := make(chan time.Duration, 1)
+		go func() { seen <- r.awaitDone(endless+int64(i), command) }()
+		if text, err := r.daemon.Perimeterd(ctx, "user", "revoke", m.Name); err != nil {
+			return fmt.Errorf("user revoke %s: %w %s", m.Name, err, text)
+		}
+		cut := <-seen
+		time.Sleep(300 * time.Millisecond)
+		last = append(last, max(d.Last().Sub(command), cut))
+		d.Close()
+	}
+	out.add("one of them revoked: command begins → its download's end", "%s", spread(last))
+	out.promise(quantile(last, 1) < goneIn, "a revoked user was there for %v, more than %v", quantile(last, 1), goneIn)
+
+	if err := r.noted(ctx, many-len(last)); err != nil {
+		return err
+	}
+	if err := r.daemon.Signal(syscall.SIGKILL); err != nil {
+		return err
+	}
+	r.daemon.Wait()
+	start = time.Now()
+	if err := r.daemon.Start(ctx); err != nil {
+		return err
+	}
+	ready := time.Now()
+	back := make([]time.Duration, many-len(last))
+	if err := each(r.swarm.Members[len(last):], 64, func(i int, m *swarm.Member) error {
+		for m.LastHandshake().Before(start) {
+			if time.Since(ready) > time.Minute {
+				return errors.New("its keys do not come back")
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		back[i] = max(m.LastHandshake().Sub(ready), 0)
+		return nil
+	}); err != nil {
+		return err
+	}
+	out.add("kill -9: start → ready", "%v", rounded(ready.Sub(start)))
+	out.add("ready → the server has shaken hands with each", "%s", spread(back))
+	return nil
+}
+
+func mega(bytes int) float64 { return float64(bytes) / 1e6 }
