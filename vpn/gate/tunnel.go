@@ -279,6 +279,9 @@ const (
 // handshake that was recorded then would move a session's endpoint to who replays it; so would one of an earlier session of
 // the same key, which the store forgets in time. False: such a replay. What is not read, since too many come, passes where there is nothing to compare it with.
 func (t *Tunnel) heed(message []byte) bool {
+	if len(message) != vpn.InitiationSize || !mac1(message, t.keys[1]) {
+		return true // the device refuses it; and what costs nothing to make must not use up what is read
+	}
 	if !t.reading.Allow() {
 		t.mu.Lock()
 		defer t.mu.Unlock()
