@@ -229,6 +229,20 @@ func TestFloodOfInitiationsEndsTheReadingAndLetsNoReplayPass(t *testing.T) {
 	}
 }
 
+func TestGarbageDoesNotUseUpTheReading(t *testing.T) {
+	b := newBench(t, nil)
+	b.join("alice")
+	b.tunnel.reading.SetLimit(0)
+	garbage := make([]byte, vpn.InitiationSize)
+	garbage[0] = 1
+	for range 2 * readBurst {
+		b.tunnel.heed(garbage)
+	}
+	if b.tunnel.reading.Tokens() < readBurst-10 {
+		t.Errorf("%v of %d initiations may still be read", b.tunnel.reading.Tokens(), readBurst)
+	}
+}
+
 func TestEndpointNeedsAWindowAgainInTimeWhateverTheClockDoes(t *testing.T) {
 	now := time.Unix(1e9, 0)
 	day := session.Session{Expires: now.Add(24 * time.Hour)}
