@@ -3,6 +3,7 @@
 # Both need root (namespaces, nftables) and leave nothing behind. So do
 # make bench-door   the door beside knockd, fwknop and an ipset script, six minutes; writes docs/benchmarks.md, bench/door.json
 # make test-attacks the built daemon attacked with scans, odd tokens and floods, three minutes; fails if one gains anything
+# make bench-sessions  5,000 sessions, revocations and crashes among many, three minutes; writes docs/benchmarks.md, fails if a promise is broken
 # make soak         100,000 knocks at the running daemon, ten minutes; fails if anything grows
 
 SHELL := /bin/bash

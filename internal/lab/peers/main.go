@@ -83,7 +83,7 @@ func measure(ctx context.Context, runs, rounds int, parts []string, resultsFile,
 	if len(parts) < 3 {
 		return nil
 	}
-	return errors.Join(r.write(resultsFile), writeSection(docFile, section))
+	return errors.Join(r.write(resultsFile), lab.WriteSection(docFile, section))
 }
 
 func (r *results) sideBySide(ctx context.Context, runs, rounds int, latency, flood bool) (err error) {

@@ -3,12 +3,9 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"math"
 	"os"
 	"os/exec"
@@ -258,27 +255,6 @@ func (r *results) write(file string) error {
 		return err
 	}
 	return os.WriteFile(file, append(text, '\n'), 0o644)
-}
-
-// writeSection puts a section of Markdown, from its "## " heading on, in the place of the one with the same heading, else at the end.
-func writeSection(file, section string) error {
-	text, err := os.ReadFile(file)
-	if errors.Is(err, fs.ErrNotExist) {
-		text, err = []byte("# Benchmarks\n"), nil
-	}
-	if err != nil {
-		return err
-	}
-	heading, _, _ := strings.Cut(section, "\n")
-	before, after, found := bytes.Cut(append([]byte("\n"), text...), []byte("\n"+heading+"\n"))
-	rest := []byte{}
-	if found {
-		if i := bytes.Index(after, []byte("\n## ")); i >= 0 {
-			rest = after[i:]
-		}
-	}
-	out := strings.TrimSpace(string(before)) + "\n\n" + strings.TrimSpace(section) + "\n" + string(rest)
-	return os.WriteFile(file, []byte(out), 0o644)
 }
 
 // quantile of times in microseconds, by the nearest rank; zero of none.

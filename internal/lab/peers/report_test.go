@@ -7,13 +7,15 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"perimeterd/internal/lab"
 )
 
 func TestSectionTakesThePlaceOfTheOneBefore(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "benchmarks.md")
 	write := func(section string) string {
 		t.Helper()
-		if err := writeSection(file, section); err != nil {
+		if err := lab.WriteSection(file, section); err != nil {
 			t.Fatal(err)
 		}
 		text, err := os.ReadFile(file)

@@ -6,11 +6,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"syscall"
 	"time"
 
 	"perimeterd/internal/lab/swarm"
 )
+
+// boundKB is what a session may take of the heap's bound, in which little is left for garbage.
+const boundKB = 64
 
 // scale holds many sessions at once.
 func scale(ctx context.Context, out *report, many int) error {
@@ -119,6 +123,11 @@ func scale(ctx context.Context, out *report, many int) error {
 		return err
 	}
 	r.daemon.Wait()
+	// The start has a heap that is bounded as by the unit's MemoryMax.
+	bound := fmt.Sprintf("%dMiB", many*boundKB>>10)
+	if err := os.Setenv("GOMEMLIMIT", bound); err != nil {
+		return err
+	}
 	start = time.Now()
 	if err := r.daemon.Start(ctx); err != nil {
 		return err
@@ -139,6 +148,15 @@ func scale(ctx context.Context, out *report, many int) error {
 	}
 	out.add("kill -9: start → ready", "%v", rounded(ready.Sub(start)))
 	out.add("ready → the server has shaken hands with each", "%s", spread(back))
+	for _, m := range r.swarm.Members[len(last):] {
+		if err := m.Echo(ctx); err != nil {
+			return fmt.Errorf("%s: nothing comes through its tunnel after a kill: %w", m.Name, err)
+		}
+	}
+	if full, err = r.daemon.Usage(); err != nil {
+		return err
+	}
+	out.add("resident after this start, which had GOMEMLIMIT="+bound, "%.0f MB", mega(full.RSS))
 	return nil
 }
 
