@@ -24,6 +24,7 @@ type Options struct {
 // methods are for one goroutine.
 type Writer struct {
 	dir     string
+	root    *os.Root // dir as it was found: who owns its parent may swap it for a link
 	options Options
 
 	head Head
@@ -45,38 +46,91 @@ func OpenWriter(dir string, o Options) (*Writer, error) {
 	if o.Reserved == 0 {
 		o.Reserved = 32 << 20
 	}
-	w := &Writer{dir: dir, options: o}
-	switch err := os.Mkdir(dir, 0o700); {
-	case err == nil:
-		if err := own(dir, filepath.Dir(dir)); err != nil {
-			return nil, err
-		}
-	case !errors.Is(err, fs.ErrExist):
-		return nil, err
+	made := os.Mkdir(dir, 0o700)
+	if made != nil && !errors.Is(made, fs.ErrExist) {
+		return nil, made
 	}
-	// Root may come to a directory of the daemon's user.
-	if st, err := os.Lstat(dir); err != nil || !st.IsDir() {
-		return nil, errors.Join(err, fmt.Errorf("audit %s: not a directory: links are not followed", dir))
+	root, err := openDir(dir, made == nil)
+	if err != nil {
+		return nil, fmt.Errorf("audit %s: %w", dir, err)
 	}
+	w := &Writer{dir: dir, root: root, options: o}
 	if err := w.find(); err != nil {
+		w.Close()
 		return nil, fmt.Errorf("audit %s: %w", dir, err)
 	}
 	return w, nil
 }
 
-// own gives path to the owner of like, where this is root's process.
-func own(path, like string) error {
-	st, err := os.Stat(like)
-	if err != nil || os.Geteuid() != 0 {
-		return err
+// openDir takes hold of a directory that is root's or its parent's owner's, and no link: root may come to one of the daemon's
+// user, who must not lead it elsewhere. One that was just made is given to that owner.
+func openDir(dir string, made bool) (_ *os.Root, err error) {
+	parent, err := os.Stat(filepath.Dir(dir))
+	if err != nil {
+		return nil, err
 	}
-	s := st.Sys().(*syscall.Stat_t)
-	return os.Lchown(path, int(s.Uid), int(s.Gid))
+	there, err := os.Lstat(dir)
+	if err != nil {
+		return nil, err
+	}
+	if !there.IsDir() {
+		return nil, errors.New("not a directory, and links are not followed: put the directory itself there")
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			root.Close()
+		}
+	}()
+	d, err := root.Open(".")
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	opened, err := d.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !os.SameFile(there, opened) {
+		return nil, errors.New("somebody replaced it meanwhile: run it again")
+	}
+	want := parent.Sys().(*syscall.Stat_t).Uid
+	if uid := opened.Sys().(*syscall.Stat_t).Uid; uid != 0 && uid != want {
+		return nil, fmt.Errorf("belongs to the user %d: want root, or %d as the directory it is in: chown -R %[2]d %s", uid, want, dir)
+	}
+	if made {
+		err = own(d, parent)
+	}
+	return root, err
+}
+
+// own gives f to the owner of like, where this is root's process. By a path it could be another file by now.
+func own(f *os.File, like os.FileInfo) error {
+	if os.Geteuid() != 0 {
+		return nil
+	}
+	s := like.Sys().(*syscall.Stat_t)
+	return f.Chown(int(s.Uid), int(s.Gid))
+}
+
+// open opens one of the files. The directory's owner may have put a link there, or a pipe, which would be waited for.
+func (w *Writer) open(name string, flag int) (*os.File, error) {
+	st, err := w.root.Lstat(name)
+	if err != nil {
+		return nil, err
+	}
+	if !st.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is no plain file, and links are not followed: put the file itself there, or move it away", name)
+	}
+	return w.root.OpenFile(name, flag|syscall.O_NONBLOCK, 0)
 }
 
 // find looks for the last whole record, and opens its file for more if nothing follows there.
 func (w *Writer) find() error {
-	files, err := list(os.DirFS(w.dir))
+	files, err := list(w.root.FS())
 	if err != nil {
 		return err
 	}
@@ -92,7 +146,7 @@ func (w *Writer) find() error {
 			continue // a file that was begun, and no more
 		}
 		if i == len(files)-1 && len(w.torn) == 0 {
-			w.f, err = os.OpenFile(filepath.Join(w.dir, files[i].name), os.O_WRONLY|os.O_APPEND|syscall.O_NOFOLLOW, 0)
+			w.f, err = w.open(files[i].name, os.O_WRONLY|os.O_APPEND)
 			w.size = end
 		}
 		return err
@@ -102,7 +156,7 @@ func (w *Writer) find() error {
 
 // tail notes the head at a file's end, and what is torn there. End is the file's length.
 func (w *Writer) tail(of file) (found bool, end int64, err error) {
-	in, err := os.Open(filepath.Join(w.dir, of.name))
+	in, err := w.open(of.name, os.O_RDONLY)
 	if err != nil {
 		return false, 0, err
 	}
@@ -130,7 +184,7 @@ func (w *Writer) Head() Head { return w.head }
 // After makes the chain go on after h where the files end before it: then somebody took records away, which must show.
 func (w *Writer) After(h Head) {
 	if h.Seq > w.head.Seq {
-		w.Close()
+		w.closeFile()
 		w.head = h
 	}
 }
@@ -173,7 +227,7 @@ func (w *Writer) append(now time.Time, records []Record) (err error) {
 	if _, err := w.f.Write(text); err != nil {
 		// What was written of it is taken back: a line would be torn.
 		if w.size == 0 {
-			return errors.Join(err, os.Remove(filepath.Join(w.dir, w.file.name)))
+			return errors.Join(err, w.root.Remove(w.file.name))
 		}
 		return errors.Join(err, w.f.Truncate(w.size))
 	}
@@ -204,18 +258,21 @@ func (w *Writer) begin(now time.Time) error {
 		}
 	}
 	w.file, w.size = makeName(w.file.number+1, dayOf(now)), 0
-	path := filepath.Join(w.dir, w.file.name)
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := w.root.OpenFile(w.file.name, os.O_WRONLY|os.O_APPEND|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
 	w.f = f
-	dir, err := os.Open(w.dir)
+	dir, err := w.root.Open(".")
 	if err != nil {
 		return err
 	}
 	defer dir.Close()
-	return errors.Join(own(path, w.dir), dir.Sync())
+	st, err := dir.Stat()
+	if err != nil {
+		return err
+	}
+	return errors.Join(own(f, st), dir.Sync())
 }
 
 // Turn begins a new file where the day has changed, and removes files that are old enough after the chain says so durably.
@@ -224,7 +281,7 @@ func (w *Writer) Turn(now time.Time) error {
 	if err := w.Append(now); err != nil || w.options.Keep <= 0 {
 		return err
 	}
-	dir := os.DirFS(w.dir)
+	dir := w.root.FS()
 	files, err := list(dir)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrKept, err)
@@ -241,7 +298,7 @@ func (w *Writer) Turn(now time.Time) error {
 			return err
 		}
 		for _, f := range files[:n] {
-			if err := os.Remove(filepath.Join(w.dir, f.name)); err != nil {
+			if err := w.root.Remove(f.name); err != nil {
 				return fmt.Errorf("%w: %w", ErrKept, err)
 			}
 		}
@@ -288,8 +345,10 @@ func (w *Writer) Sync() error {
 	return nil
 }
 
-// Close closes the file. What was written last may not be on the disk yet.
-func (w *Writer) Close() error {
+// Close ends the Writer. What was written last may not be on the disk yet.
+func (w *Writer) Close() error { return errors.Join(w.closeFile(), w.root.Close()) }
+
+func (w *Writer) closeFile() error {
 	if w.f == nil {
 		return nil
 	}

@@ -21,6 +21,8 @@ const (
 	maxFile = 64 << 20
 )
 
+var errNotFile = errors.New("not a file")
+
 // stamp tells one content of a file from another. The zero value is of a file that cannot be looked at.
 type stamp struct {
 	dev, ino     uint64
@@ -53,7 +55,7 @@ func (w *watched) changed(now time.Time, atOnce bool) (data []byte, err error, c
 	if err == nil {
 		is = stampOf(info)
 		if !info.Mode().IsRegular() { // a pipe would be waited for
-			err = errors.New("not a file")
+			err = errNotFile
 		}
 	}
 	rests := is == w.seen
@@ -73,19 +75,25 @@ func (w *watched) changed(now time.Time, atOnce bool) (data []byte, err error, c
 }
 
 func readFile(path string) (data []byte, after stamp, err error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe may have taken its place since it was looked at
 	if err != nil {
 		return nil, after, err
 	}
 	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, after, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, after, errNotFile
+	}
 	if data, err = io.ReadAll(io.LimitReader(f, maxFile+1)); err != nil {
 		return nil, after, err
 	}
 	if len(data) > maxFile {
 		return nil, after, fmt.Errorf("longer than %d bytes", maxFile)
 	}
-	info, err := f.Stat()
-	if err != nil {
+	if info, err = f.Stat(); err != nil {
 		return nil, after, err
 	}
 	return data, stampOf(info), nil

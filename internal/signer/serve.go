@@ -23,7 +23,7 @@ const (
 	patience = 5 * time.Second // for a request, and for its answer to be taken
 	callers  = 16              // connections of a user that are served at once
 	standing = 4 * callers     // of a user at all
-	users    = 64              // who have connected, root aside
+	nobody   = ^uint32(0)      // no user's id (POSIX: chown's -1): all who have no rights, as one user
 )
 
 // line is where a user's connections stand until they are served.
@@ -62,7 +62,8 @@ func (s *Signer) Become() error {
 func (s *Signer) Serve(ctx context.Context, ln *net.UnixListener, rights func(uid uint32) Rights) error {
 	stop := context.AfterFunc(ctx, func() { ln.Close() })
 	defer stop()
-	lines := map[uint32]*line{} // one for each user, so that nobody keeps root from revoking
+	// One for each user, so that nobody keeps root from revoking; and one for all strangers, who are told that they are some.
+	lines := map[uint32]*line{}
 	for {
 		c, err := ln.AcceptUnix()
 		if ctx.Err() != nil {
@@ -77,15 +78,17 @@ func (s *Signer) Serve(ctx context.Context, ln *net.UnixListener, rights func(ui
 			c.Close()
 			continue
 		}
-		l := lines[uid]
-		if l == nil && (len(lines) < users || uid == 0) {
-			l = &line{served: make(chan struct{}, callers)}
-			lines[uid] = l
+		may, who := rights(uid), uid
+		if may == Nothing {
+			who = nobody
 		}
-		if l == nil || l.standing.Add(1) > standing {
-			if l != nil {
-				l.standing.Add(-1)
-			}
+		l := lines[who]
+		if l == nil {
+			l = &line{served: make(chan struct{}, callers)}
+			lines[who] = l
+		}
+		if l.standing.Add(1) > standing {
+			l.standing.Add(-1)
 			c.Close()
 			continue
 		}
@@ -98,7 +101,7 @@ func (s *Signer) Serve(ctx context.Context, ln *net.UnixListener, rights func(ui
 				return
 			}
 			c.SetDeadline(time.Now().Add(patience))
-			if err := s.answer(c, uid, rights(uid)); err != nil && !errors.Is(err, io.EOF) { // who only looks whether it is there
+			if err := s.answer(c, uid, may); err != nil && !errors.Is(err, io.EOF) { // who only looks whether it is there
 				s.log.Warn("request not answered", "uid", uid, "err", err)
 			}
 		}()

@@ -704,6 +704,66 @@ func TestAnotherUsersConnectionsKeepRootFromNothing(t *testing.T) {
 	}
 }
 
+func TestStrangersKeepTheDaemonFromNothing(t *testing.T) {
+	b := newBench(t)
+	dir, err := os.MkdirTemp("", "signer-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	socket := filepath.Join(dir, "s")
+	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: socket, Net: "unixpacket"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Chmod(dir, 0o755), os.Chmod(socket, 0o666)); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() {
+		done <- b.Serve(ctx, ln, func(uid uint32) Rights {
+			if uid == daemonUID {
+				return Renewals
+			}
+			return Nothing
+		})
+	}()
+	become := func(uid uintptr) {
+		for _, id := range []uintptr{0, uid} { // by root, who alone may be anybody
+			if _, _, e := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), id, ^uintptr(0)); e != 0 {
+				t.Error(e)
+			}
+		}
+	}
+	asked := make(chan struct{})
+	go func() {
+		defer close(asked)
+		runtime.LockOSThread() // and never unlocked: the thread is another user's now
+		ask := func() error {
+			c := NewClient(socket, func(uint32) bool { return true }, func() (*exec.Cmd, error) { return nil, errors.New("nobody listens") })
+			return c.Forget(context.Background(), "alice", "")
+		}
+		become(strangerUID)
+		wantCode(t, ask(), Forbidden)
+		for i := range uintptr(2 * standing) { // each of them another
+			become(100_000 + i)
+			if c, err := net.Dial("unixpacket", socket); err == nil {
+				defer c.Close()
+			}
+		}
+		become(daemonUID)
+		if err := ask(); err != nil {
+			t.Error(err)
+		}
+	}()
+	<-asked
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
 // FuzzAnswer is a gate that was taken over: whatever it sends, no certificate comes back.
 func FuzzAnswer(f *testing.F) {
 	b := newBench(f)

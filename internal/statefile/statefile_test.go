@@ -409,6 +409,28 @@ func TestWhatIsNoStateIsRefused(t *testing.T) {
 	}
 }
 
+func TestALinkIsNotFollowed(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state")
+	db, err := Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	db.Close()
+	link := path + "-link"
+	if err := os.Symlink(path, link); err != nil {
+		t.Fatal(err)
+	}
+	for _, alone := range []bool{false, true} {
+		f, err := Hold(link, alone)
+		if err == nil {
+			f.Close()
+		}
+		if err == nil || !strings.Contains(err.Error(), link+" is a link, which is not followed") {
+			t.Errorf("alone %v: %v", alone, err)
+		}
+	}
+}
+
 func TestReadersShareAndWritersDoNot(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "state.db")
 	if _, err := OpenReadOnly(path); !errors.Is(err, fs.ErrNotExist) {
