@@ -11,7 +11,7 @@ import (
 // The share of what is refused to one: 17,280 a day.
 const (
 	Every = 5 * time.Second
-	Burst = 200
+	Burst = 500
 )
 
 // most are kept, each with a share of his own. Those beyond have one share together.

@@ -17,8 +17,12 @@ func TestKickedClientIsBackWithTheNextRequestAndARevokedOneSaysSo(t *testing.T) 
 	s.ok(s.curl("https://" + cloudName + "/"))
 	status := func() (st client.Status) {
 		t.Helper()
-		if err := json.Unmarshal([]byte(s.ok(s.alice.VPN(s.ctx, "status", "--json"))), &st); err != nil {
-			t.Fatal(err)
+		out, failed := s.alice.VPN(s.ctx, "status", "--json").Output()
+		if err := json.Unmarshal(out, &st); err != nil {
+			t.Fatalf("%v %q", err, out)
+		}
+		if (failed != nil) != (st.State == client.Refused) {
+			t.Errorf("exit status of a tunnel that is %s: %v", st.State, failed)
 		}
 		return st
 	}
