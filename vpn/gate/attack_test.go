@@ -219,7 +219,7 @@ func TestStalledCallersKeepNobodyWaitingAndAreCut(t *testing.T) {
 		t.Cleanup(func() { c.Close() })
 		return c
 	}
-	deafCut := make(chan error, 3)
+	deafCut := make(chan error, 1)
 	for range cap(deafCut) {
 		silent, half, body, deaf := raw(), raw(), raw(), raw()
 		waits = append(waits, silent, half, body)
