@@ -25,7 +25,7 @@ const (
 	pageHead        = 16 << 10
 )
 
-// Page is what a session sees on the tunnel address: for now its proxy configuration, /proxy.pac. Who asks is known by the
+// Page is what a session sees on the tunnel address: its proxy configuration, /proxy.pac. Who asks is known by the
 // source address, which WireGuard binds to one session.
 type Page struct {
 	At       netip.AddrPort // the page's own address

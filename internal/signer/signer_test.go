@@ -654,14 +654,16 @@ func TestAStalledCallerStopsNobody(t *testing.T) {
 	}
 }
 
-func TestAnotherUsersConnectionsKeepRootFromNothing(t *testing.T) {
+// serveEverybody is a signer on a socket that every user of this host may connect to, until the test ends.
+func serveEverybody(t *testing.T, rights func(uid uint32) Rights) (socket string) {
+	t.Helper()
 	b := newBench(t)
 	dir, err := os.MkdirTemp("", "signer-")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "s")
+	socket = filepath.Join(dir, "s")
 	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: socket, Net: "unixpacket"})
 	if err != nil {
 		t.Fatal(err)
@@ -671,7 +673,18 @@ func TestAnotherUsersConnectionsKeepRootFromNothing(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- b.Serve(ctx, ln, func(uint32) Rights { return Everything }) }()
+	go func() { done <- b.Serve(ctx, ln, rights) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	return socket
+}
+
+func TestAnotherUsersConnectionsKeepRootFromNothing(t *testing.T) {
+	socket := serveEverybody(t, func(uint32) Rights { return Everything })
 	connected := make(chan struct{})
 	var idle []net.Conn
 	go func() {
@@ -698,37 +711,15 @@ func TestAnotherUsersConnectionsKeepRootFromNothing(t *testing.T) {
 	for _, c := range idle {
 		c.Close()
 	}
-	cancel()
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
 }
 
 func TestStrangersKeepTheDaemonFromNothing(t *testing.T) {
-	b := newBench(t)
-	dir, err := os.MkdirTemp("", "signer-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "s")
-	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: socket, Net: "unixpacket"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(os.Chmod(dir, 0o755), os.Chmod(socket, 0o666)); err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() {
-		done <- b.Serve(ctx, ln, func(uid uint32) Rights {
-			if uid == daemonUID {
-				return Renewals
-			}
-			return Nothing
-		})
-	}()
+	socket := serveEverybody(t, func(uid uint32) Rights {
+		if uid == daemonUID {
+			return Renewals
+		}
+		return Nothing
+	})
 	become := func(uid uintptr) {
 		for _, id := range []uintptr{0, uid} { // by root, who alone may be anybody
 			if _, _, e := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), id, ^uintptr(0)); e != 0 {
@@ -758,10 +749,6 @@ func TestStrangersKeepTheDaemonFromNothing(t *testing.T) {
 		}
 	}()
 	<-asked
-	cancel()
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
 }
 
 // FuzzAnswer is a gate that was taken over: whatever it sends, no certificate comes back.
