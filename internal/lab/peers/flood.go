@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"perimeterd/internal/lab"
+	"perimeterd/internal/lab/bench"
 	"perimeterd/knock"
 )
 
@@ -198,7 +199,7 @@ func (f flooded) String() string {
 		s += "no daemon"
 	}
 	for _, r := range f.Friends {
-		s += fmt.Sprintf("; %s opened %d of %d, median %v", r.Door, r.Opened, r.Knocks, rounded(quantile(r.Times, 0.5)))
+		s += fmt.Sprintf("; %s opened %d of %d, median %v", r.Door, r.Opened, r.Knocks, bench.Rounded(quantile(r.Times, 0.5)))
 	}
 	return s
 }

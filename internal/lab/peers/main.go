@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"perimeterd/internal/lab"
+	"perimeterd/internal/lab/bench"
 )
 
 // limit is the longest that it may take.
@@ -49,7 +50,6 @@ func main() {
 }
 
 func measure(ctx context.Context, runs, rounds int, parts []string, resultsFile, docFile string) error {
-	r := &results{}
 	for _, part := range parts {
 		switch part {
 		case "latency", "flood", "refresh":
@@ -58,10 +58,12 @@ func measure(ctx context.Context, runs, rounds int, parts []string, resultsFile,
 		}
 	}
 	has := func(part string) bool { return slices.Contains(parts, part) }
-	if err := r.describe(ctx); err != nil {
+	run, err := bench.Begin(ctx, "make bench-door", "knockd", "fwknop-server", "fwknop-client", "iptables", "ipset", "nftables")
+	if err != nil {
 		return err
 	}
-	fmt.Println(r.machine())
+	r := &results{Run: run}
+	fmt.Println(r.Machine())
 	if has("latency") || has("flood") {
 		if err := r.sideBySide(ctx, runs, rounds, has("latency"), has("flood")); err != nil {
 			return err
@@ -74,7 +76,7 @@ func measure(ctx context.Context, runs, rounds int, parts []string, resultsFile,
 			return err
 		}
 	}
-	r.Took = time.Since(r.Date).Seconds()
+	r.End()
 	section, err := r.section()
 	if err != nil {
 		return err
@@ -83,7 +85,7 @@ func measure(ctx context.Context, runs, rounds int, parts []string, resultsFile,
 	if len(parts) < 3 {
 		return nil
 	}
-	return errors.Join(r.write(resultsFile), lab.WriteSection(docFile, section))
+	return errors.Join(bench.Write(resultsFile, r), bench.WriteSection(docFile, section))
 }
 
 func (r *results) sideBySide(ctx context.Context, runs, rounds int, latency, flood bool) (err error) {
@@ -114,6 +116,13 @@ func (r *results) sideBySide(ctx context.Context, runs, rounds int, latency, flo
 		if r.Latency, err = measureLatency(ctx, l, doors, k, source, runs); err != nil {
 			return err
 		}
+		for _, l := range r.Latency {
+			f := bench.Figure{What: "knock to open port", Who: l.Door, Unit: "s"}
+			for _, us := range l.Times {
+				f.Values = append(f.Values, us/1e6)
+			}
+			r.Add(f)
+		}
 	}
 	if flood {
 		fmt.Printf("\nfloods: %d of each, in turn\n", rounds)
@@ -126,6 +135,11 @@ func (r *results) sideBySide(ctx context.Context, runs, rounds int, latency, flo
 		}
 		if r.Floods, err = measureFloods(ctx, doors, attacker, k, source, rounds); err != nil {
 			return err
+		}
+		for _, f := range r.Floods {
+			if f.Daemon {
+				r.Add(bench.Figure{What: "daemon's CPU under a flood, " + f.Garbage, Who: f.Door, Unit: "of a core", Values: []float64{f.CPU / f.Seconds}})
+			}
 		}
 	}
 	return nil

@@ -3,91 +3,21 @@
 package main
 
 import (
-	"context"
-	"encoding/json"
 	"fmt"
 	"math"
-	"os"
-	"os/exec"
-	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
-	"github.com/prometheus/procfs"
-	"golang.org/x/sys/unix"
-
-	"perimeterd/internal/lab"
+	"perimeterd/internal/lab/bench"
 )
 
 // results is what door.json holds.
 type results struct {
-	Date     time.Time          `json:"date"`
-	Command  string             `json:"command"`
-	Took     float64            `json:"took_seconds"`
-	Kernel   string             `json:"kernel"`
-	CPU      string             `json:"cpu"`
-	Cores    int                `json:"cores"`
-	Load     float64            `json:"load_before"` // others' use of the machine
-	Versions map[string]string  `json:"versions"`
-	Latency  []*latency         `json:"latency,omitempty"`
-	Idle     map[string]float64 `json:"idle_cpu,omitempty"` // of each daemon, of one core
-	Floods   []flooded          `json:"floods,omitempty"`
-	Refresh  *refresh           `json:"refresh,omitempty"`
-}
-
-// describe says what is measured, and on what.
-func (r *results) describe(ctx context.Context) error {
-	r.Date, r.Command, r.Versions = time.Now().Round(0), "make bench-door", map[string]string{}
-	var u unix.Utsname
-	if err := unix.Uname(&u); err != nil {
-		return err
-	}
-	r.Kernel = unix.ByteSliceToString(u.Release[:])
-	proc, err := procfs.NewDefaultFS()
-	if err != nil {
-		return err
-	}
-	cpus, err := proc.CPUInfo()
-	if err != nil {
-		return err
-	}
-	r.Cores = len(cpus)
-	if r.Cores > 0 {
-		r.CPU = cpus[0].ModelName
-	}
-	load, err := proc.LoadAvg()
-	if err != nil {
-		return err
-	}
-	r.Load = load.Load1
-	ours, err := lab.Bin("perimeterd")
-	if err != nil {
-		return err
-	}
-	out, err := exec.CommandContext(ctx, ours, "--version").Output()
-	if err != nil {
-		return err
-	}
-	r.Versions["perimeterd"] = strings.TrimPrefix(strings.TrimSpace(string(out)), "perimeterd version ")
-	for _, p := range []string{"knockd", "fwknop-server", "fwknop-client", "iptables", "ipset", "nftables"} {
-		out, err := exec.CommandContext(ctx, "dpkg-query", "-W", "-f", "${Version}", p).Output()
-		if err != nil {
-			return fmt.Errorf("version of Debian's package %s: %w", p, err)
-		}
-		r.Versions[p] = string(out)
-	}
-	return nil
-}
-
-func (r *results) machine() string {
-	var versions []string
-	for name, v := range r.Versions {
-		versions = append(versions, name+" "+v)
-	}
-	slices.Sort(versions)
-	return fmt.Sprintf("%s, %d × %s, Linux %s, load %.2f before; %s",
-		r.Date.Format(time.DateOnly), r.Cores, r.CPU, r.Kernel, r.Load, strings.Join(versions, ", "))
+	*bench.Run
+	Latency []*latency         `json:"latency,omitempty"`
+	Idle    map[string]float64 `json:"idle_cpu,omitempty"` // of each daemon, of one core
+	Floods  []flooded          `json:"floods,omitempty"`
+	Refresh *refresh           `json:"refresh,omitempty"`
 }
 
 // section is the text of the documentation.
@@ -95,7 +25,7 @@ func (r *results) section() (string, error) {
 	var b strings.Builder
 	p := func(format string, a ...any) { fmt.Fprintf(&b, format, a...) }
 	p("## The door\n\n")
-	p("`%s`, which took %v; written by it. %s.\n", r.Command, time.Duration(r.Took*float64(time.Second)).Round(time.Second), r.machine())
+	p("%s\n", r.Origin())
 	p(`
 Each door is a host of its own in a network namespace, with a TCP listener on 1194 behind it, and drops what it does not let
 in (perimeterd in host mode). Windows are %v. perimeterd is the built binary with a configuration of its own init.
@@ -126,8 +56,8 @@ knock that must stay unanswered. Runs are interleaved: each door once, then each
 |---|---|---|---|---|---|---|
 `, synPace)
 	for _, l := range r.Latency {
-		p("| %s | %d of %d | %d | %v | %v | %v, %v | × %s |\n", l.Door, l.Opened, l.Runs, l.FirstSYN, rounded(l.median), rounded(l.p99),
-			rounded(quantile(l.Times, 0)), rounded(quantile(l.Times, 1)), times(float64(l.median)/float64(r.Latency[0].median)))
+		p("| %s | %d of %d | %d | %v | %v | %v, %v | × %s |\n", l.Door, l.Opened, l.Runs, l.FirstSYN, bench.Rounded(l.median), bench.Rounded(l.p99),
+			bench.Rounded(quantile(l.Times, 0)), bench.Rounded(quantile(l.Times, 1)), bench.Times(float64(l.median)/float64(r.Latency[0].median)))
 	}
 	p(`
 A SYN right behind a knock can only be answered where the kernel decides. What is left there is the time between two system
@@ -202,7 +132,7 @@ func friendsOf(rounds []flooded, way int) string {
 		r := f.Friends[way]
 		opened = append(opened, fmt.Sprint(r.Opened))
 		if r.Opened > 0 {
-			times = append(times, rounded(quantile(r.Times, 0.5)).String())
+			times = append(times, bench.Rounded(quantile(r.Times, 0.5)).String())
 		}
 	}
 	r := rounds[0].Friends[way]
@@ -239,50 +169,14 @@ The daemon writes the tokens of a coming step (%.0f s) into the kernel bit by bi
 		}
 	}
 	p("| the table alone, %d commits: median, 99 %% are within, longest; over %v | %v, %v, %v; %d |\n", len(f.Flushes), flushGoal,
-		rounded(quantile(f.Flushes, 0.5)), rounded(quantile(f.Flushes, 0.99)), rounded(quantile(f.Flushes, 1)), slow)
+		bench.Rounded(quantile(f.Flushes, 0.5)), bench.Rounded(quantile(f.Flushes, 0.99)), bench.Rounded(quantile(f.Flushes, 1)), slow)
 	for i, n := range f.FirstTry {
 		p("| %d users drawn at random, token %d of the same step: opened at the first try | %d of %d |\n", f.Some, i+1, n, f.Some)
 	}
 	p("\nThe daemon's own metric tells a commit's time by buckets, hence \"at most\". The goal is %v.\n", flushGoal)
 }
 
-func (r *results) write(file string) error {
-	text, err := json.MarshalIndent(r, "", "  ")
-	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
-		return err
-	}
-	return os.WriteFile(file, append(text, '\n'), 0o644)
-}
-
-// quantile of times in microseconds, by the nearest rank; zero of none.
+// quantile of times in microseconds.
 func quantile(microseconds []float64, q float64) time.Duration {
-	if len(microseconds) == 0 {
-		return 0
-	}
-	sorted := slices.Sorted(slices.Values(microseconds))
-	i := max(int(math.Ceil(q*float64(len(sorted))))-1, 0)
-	return time.Duration(sorted[i] * 1000)
-}
-
-// rounded keeps what a figure is worth.
-func rounded(d time.Duration) time.Duration {
-	switch {
-	case d < time.Millisecond:
-		return d.Round(time.Microsecond)
-	case d < 100*time.Millisecond:
-		return d.Round(100 * time.Microsecond)
-	}
-	return d.Round(time.Millisecond)
-}
-
-// times is a ratio with the two digits that it is worth.
-func times(ratio float64) string {
-	if ratio < 10 {
-		return fmt.Sprintf("%.1f", ratio)
-	}
-	unit := math.Pow(10, math.Floor(math.Log10(ratio))-1)
-	return fmt.Sprintf("%.0f", math.Round(ratio/unit)*unit)
+	return time.Duration(bench.Quantile(microseconds, q) * 1000)
 }

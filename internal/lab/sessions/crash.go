@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"time"
 
+	"perimeterd/internal/lab/bench"
 	"perimeterd/internal/lab/swarm"
 )
 
@@ -51,7 +52,7 @@ func crashes(ctx context.Context, out *report, inside int) error {
 		return err
 	}
 	ready := time.Now()
-	out.add("start → ready", "%v", rounded(ready.Sub(start)))
+	out.row("start → ready", "%v", bench.Rounded(ready.Sub(start)))
 	echoes := make([]time.Duration, inside)
 	if err := each(r.swarm.Members, inside, func(i int, m *swarm.Member) error {
 		err := m.Echo(ctx)
@@ -92,13 +93,13 @@ func crashes(ctx context.Context, out *report, inside int) error {
 	if err != nil {
 		return err
 	}
-	out.add("sessions that are the same after it", "%d of %d", same, inside)
-	out.add("downloads that ended with a reset", "%d of %d, the last heard of it %v after ready", reset, inside, rounded(quantile(heard, 1)))
-	out.add("ready → an echo through the tunnel", "%s", spread(echoes))
-	out.add("ready → data of a new download, asked for after the echoes", "%s", spread(flows))
+	out.row("sessions that are the same after it", "%d of %d", same, inside)
+	out.row("downloads that ended with a reset", "%d of %d, the last heard of it %v after ready", reset, inside, bench.Rounded(bench.Quantile(heard, 1)))
+	out.row("ready → an echo through the tunnel", "%s", bench.Spread(echoes))
+	out.row("ready → data of a new download, asked for after the echoes", "%s", bench.Spread(flows))
 	out.promise(same == inside, "%d of %d sessions survived a kill", same, inside)
 	out.promise(reset == inside, "%d proxied connections ended without a reset at a kill", inside-reset)
-	out.promise(quantile(echoes, 1) < flowsIn, "data flows %v after a kill, later than %v", quantile(echoes, 1), flowsIn)
+	out.promise(bench.Quantile(echoes, 1) < flowsIn, "data flows %v after a kill, later than %v", bench.Quantile(echoes, 1), flowsIn)
 
 	out.title("SIGSTOP, %v, SIGCONT, %d sessions with a download each", frozen, inside)
 	if err := r.daemon.Signal(syscall.SIGSTOP); err != nil {
@@ -133,15 +134,15 @@ func crashes(ctx context.Context, out *report, inside int) error {
 	if err != nil {
 		return err
 	}
-	out.add("sessions and downloads that went on", "%d of %d", same, inside)
-	out.add("woken → data of the same download", "%s", spread(flows))
+	out.row("sessions and downloads that went on", "%d of %d", same, inside)
+	out.row("woken → data of the same download", "%s", bench.Spread(flows))
 	out.promise(same == inside, "%d of %d sessions survived a freeze", same, inside)
 	stop()
 	if err := <-probed; err != nil {
 		return err
 	}
 	t := strangers.Tally()
-	out.add("strangers meanwhile: attempts, accepted, refused", "%d, %d, %d", t.Total(), t.Accepted, t.Refused)
+	out.row("strangers meanwhile: attempts, accepted, refused", "%d, %d, %d", t.Total(), t.Accepted, t.Refused)
 	out.promise(t.Accepted == 0 && t.Refused == 0 && t.Silent > 0, "strangers were answered: %+v", t)
 	for _, d := range downloads {
 		d.Close()

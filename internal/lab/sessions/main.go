@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"perimeterd/internal/lab"
+	"perimeterd/internal/lab/bench"
 	"perimeterd/internal/lab/swarm"
 )
 
@@ -41,24 +42,26 @@ func main() {
 	victims := flag.Int("victims", 20, "revocations")
 	inside := flag.Int("inside", 200, "sessions inside when the daemon is killed and frozen")
 	only := flag.String("only", "revoke,crash,scale", "`PARTS` to measure; only all of them are written")
-	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose section \"Sessions\" is written; empty: none")
+	results := flag.String("results", "bench/sessions.json", "`FILE` for the raw numbers")
+	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose section \"Sessions\" is written")
 	flag.Parse()
 	debug.SetMemoryLimit(math.MaxInt64) // GOMEMLIMIT is for the daemon
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	if err := measure(ctx, strings.Split(*only, ","), *many, *others, *victims, *inside, *doc); err != nil {
+	if err := measure(ctx, strings.Split(*only, ","), *many, *others, *victims, *inside, *results, *doc); err != nil {
 		fmt.Fprintln(os.Stderr, "bench-sessions:", err)
 		os.Exit(1)
 	}
 }
 
-func measure(ctx context.Context, parts []string, many, others, victims, inside int, doc string) error {
-	r := &report{}
-	if err := r.describe(); err != nil {
+func measure(ctx context.Context, parts []string, many, others, victims, inside int, results, doc string) error {
+	run, err := bench.Begin(ctx, "make bench-sessions")
+	if err != nil {
 		return err
 	}
+	r := &report{Run: run}
 	for _, part := range []struct {
 		name string
 		run  func() error
@@ -74,9 +77,10 @@ func measure(ctx context.Context, parts []string, many, others, victims, inside 
 			return fmt.Errorf("%s: %w", part.name, err)
 		}
 	}
+	r.End()
 	fmt.Print(r.section())
-	if doc != "" && len(parts) == 3 {
-		if err := lab.WriteSection(doc, r.section()); err != nil {
+	if len(parts) == 3 {
+		if err := errors.Join(bench.Write(results, r.Run), bench.WriteSection(doc, r.section())); err != nil {
 			return err
 		}
 	}

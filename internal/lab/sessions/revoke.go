@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"time"
 
+	"perimeterd/internal/lab/bench"
 	"perimeterd/internal/lab/swarm"
 )
 
@@ -73,12 +74,13 @@ func revocations(ctx context.Context, out *report, others, victims int) error {
 		}
 	}
 	out.title("%d revocations, %d others moving %.1f MB/s", victims, others, rate/1e6)
-	out.add("command begins → last byte of the download at the client", "%s", spread(last))
-	out.add("command begins → the cloud host sees the end", "%s", spread(cut))
-	out.add("the command itself", "%s", spread(commands))
-	out.add("longest time in which none of the others moved a byte", "%v", rounded(stall))
-	out.add("others' downloads that broke", "%d of %d", ended, others)
-	out.promise(max(quantile(last, 1), quantile(cut, 1)) < goneIn, "a revoked user was there for %v, more than %v", max(quantile(last, 1), quantile(cut, 1)), goneIn)
+	out.row("command begins → last byte of the download at the client", "%s", bench.Spread(last))
+	out.Add(bench.Figure{What: "revoke to last byte", Who: "perimeterd", Unit: "s", At: float64(others), Axis: "others moving data", Values: bench.Seconds(last...)})
+	out.row("command begins → the cloud host sees the end", "%s", bench.Spread(cut))
+	out.row("the command itself", "%s", bench.Spread(commands))
+	out.row("longest time in which none of the others moved a byte", "%v", bench.Rounded(stall))
+	out.row("others' downloads that broke", "%d of %d", ended, others)
+	out.promise(max(bench.Quantile(last, 1), bench.Quantile(cut, 1)) < goneIn, "a revoked user was there for %v, more than %v", max(bench.Quantile(last, 1), bench.Quantile(cut, 1)), goneIn)
 	out.promise(ended == 0, "%d downloads of others broke", ended)
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"time"
 
+	"perimeterd/internal/lab/bench"
 	"perimeterd/internal/lab/swarm"
 )
 
@@ -28,9 +29,10 @@ func scale(ctx context.Context, out *report, many int) error {
 	if err != nil {
 		return err
 	}
-	out.add("from nothing to all inside, 16 at a time", "%v, %.0f a second; daemon's CPU %.2f ms each", rounded(r.joined),
+	out.row("from nothing to all inside, 16 at a time", "%v, %.0f a second; daemon's CPU %.2f ms each", bench.Rounded(r.joined),
 		float64(many)/r.joined.Seconds(), (busy.CPU-r.idle.CPU).Seconds()*1000/float64(many))
-	out.add("each: knock → keys", "%s", spread(r.took))
+	out.row("each: knock → keys", "%s", bench.Spread(r.took))
+	out.Add(bench.Figure{What: "knock to keys, many joining", Who: "perimeterd", Unit: "s", At: float64(many), Axis: "sessions", Values: bench.Seconds(r.took...)})
 	// A first packet through each admits it.
 	if err := each(r.swarm.Members, 16, func(_ int, m *swarm.Member) error {
 		c, err := m.Dial(ctx, r.source.Proxy)
@@ -61,8 +63,9 @@ func scale(ctx context.Context, out *report, many int) error {
 	if err != nil {
 		return err
 	}
-	out.add("daemon's resident memory: without sessions, with all, each", "%.0f MB, %.0f MB, %.1f KB", mega(r.idle.RSS), mega(full.RSS), float64(full.RSS-r.idle.RSS)/1000/float64(many))
-	out.add("of it heap that the last collection left, stacks; goroutines, descriptors", "%.0f MB and %.0f MB; %.0f, %d", heap/1e6, stacks/1e6, goroutines, full.FDs)
+	out.row("daemon's resident memory: without sessions, with all, each", "%.0f MB, %.0f MB, %.1f KB", mega(r.idle.RSS), mega(full.RSS), float64(full.RSS-r.idle.RSS)/1000/float64(many))
+	out.Add(bench.Figure{What: "memory a session", Who: "perimeterd", Unit: "B", At: float64(many), Axis: "sessions", Values: []float64{float64(full.RSS-r.idle.RSS) / float64(many)}})
+	out.row("of it heap that the last collection left, stacks; goroutines, descriptors", "%.0f MB and %.0f MB; %.0f, %d", heap/1e6, stacks/1e6, goroutines, full.FDs)
 
 	var list []time.Duration
 	for range 5 {
@@ -74,7 +77,7 @@ func scale(ctx context.Context, out *report, many int) error {
 		list = append(list, time.Since(start))
 		out.promise(len(s) == many, "%d sessions are listed, of %d", len(s), many)
 	}
-	out.add("`perimeterd sessions --json`", "%s", spread(list))
+	out.row("`perimeterd sessions --json`", "%s", bench.Spread(list))
 
 	before, err := r.daemon.Usage()
 	if err != nil {
@@ -91,7 +94,8 @@ func scale(ctx context.Context, out *report, many int) error {
 	if err != nil {
 		return err
 	}
-	out.add("a handshake of each by UDP, 32 at a time", "%.0f a second; daemon's CPU %.2f ms each", float64(many)/took.Seconds(), (after.CPU-before.CPU).Seconds()*1000/float64(many))
+	out.row("a handshake of each by UDP, 32 at a time", "%.0f a second; daemon's CPU %.2f ms each", float64(many)/took.Seconds(), (after.CPU-before.CPU).Seconds()*1000/float64(many))
+	out.Add(bench.Figure{What: "handshakes a second", Who: "perimeterd", Unit: "1/s", At: float64(many), Axis: "sessions", Values: []float64{float64(many) / took.Seconds()}})
 
 	var last []time.Duration
 	for i, m := range r.swarm.Members[:5] {
@@ -113,8 +117,8 @@ func scale(ctx context.Context, out *report, many int) error {
 		last = append(last, max(d.Last().Sub(command), cut))
 		d.Close()
 	}
-	out.add("one of them revoked: command begins → its download's end", "%s", spread(last))
-	out.promise(quantile(last, 1) < goneIn, "a revoked user was there for %v, more than %v", quantile(last, 1), goneIn)
+	out.row("one of them revoked: command begins → its download's end", "%s", bench.Spread(last))
+	out.promise(bench.Quantile(last, 1) < goneIn, "a revoked user was there for %v, more than %v", bench.Quantile(last, 1), goneIn)
 
 	if err := r.noted(ctx, many-len(last)); err != nil {
 		return err
@@ -146,8 +150,9 @@ func scale(ctx context.Context, out *report, many int) error {
 	}); err != nil {
 		return err
 	}
-	out.add("kill -9: start → ready", "%v", rounded(ready.Sub(start)))
-	out.add("ready → the server has shaken hands with each", "%s", spread(back))
+	out.row("kill -9: start → ready", "%v", bench.Rounded(ready.Sub(start)))
+	out.row("ready → the server has shaken hands with each", "%s", bench.Spread(back))
+	out.Add(bench.Figure{What: "kill -9: ready to keys again", Who: "perimeterd", Unit: "s", At: float64(many), Axis: "sessions", Values: bench.Seconds(back...)})
 	for _, m := range r.swarm.Members[len(last):] {
 		if err := m.Echo(ctx); err != nil {
 			return fmt.Errorf("%s: nothing comes through its tunnel after a kill: %w", m.Name, err)
@@ -156,7 +161,7 @@ func scale(ctx context.Context, out *report, many int) error {
 	if full, err = r.daemon.Usage(); err != nil {
 		return err
 	}
-	out.add("resident after this start, which had GOMEMLIMIT="+bound, "%.0f MB", mega(full.RSS))
+	out.row("resident after this start, which had GOMEMLIMIT="+bound, "%.0f MB", mega(full.RSS))
 	return nil
 }
 

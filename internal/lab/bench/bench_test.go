@@ -1,21 +1,19 @@
 //go:build linux
 
-package main
+package bench
 
 import (
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
-
-	"perimeterd/internal/lab"
 )
 
 func TestSectionTakesThePlaceOfTheOneBefore(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "benchmarks.md")
 	write := func(section string) string {
 		t.Helper()
-		if err := lab.WriteSection(file, section); err != nil {
+		if err := WriteSection(file, section); err != nil {
 			t.Fatal(err)
 		}
 		text, err := os.ReadFile(file)
@@ -36,16 +34,16 @@ func TestSectionTakesThePlaceOfTheOneBefore(t *testing.T) {
 }
 
 func TestQuantileIsTheNearestRank(t *testing.T) {
-	var hundred []float64
+	var hundred []time.Duration
 	for i := range 100 {
-		hundred = append(hundred, float64(100-i))
+		hundred = append(hundred, time.Duration(100-i))
 	}
 	for q, want := range map[float64]time.Duration{0: 1, 0.5: 50, 0.99: 99, 1: 100} {
-		if got := quantile(hundred, q); got != want*time.Microsecond {
-			t.Errorf("quantile %v is %v, want %vµs", q, got, want)
+		if got := Quantile(hundred, q); got != want {
+			t.Errorf("quantile %v is %v, want %v", q, got, want)
 		}
 	}
-	if quantile(nil, 0.5) != 0 {
+	if Quantile([]int(nil), 0.5) != 0 {
 		t.Error("quantile of nothing")
 	}
 }
