@@ -82,14 +82,14 @@ func openKernel(cfg Config, private session.Key) (_ *kernel, err error) {
 			err = fmt.Errorf(`tunnel.backend "kernel": %w`, err)
 		}
 	}()
+	if err := HasKernel(); err != nil { // before the other backend's device is taken away
+		return nil, fmt.Errorf(`this kernel makes no WireGuard device: %w: load its module by "modprobe wireguard", or write "userspace"`, err)
+	}
 	if err := removeUnless("wireguard", cfg.Interface); err != nil {
 		return nil, err
 	}
 	err = netlink.LinkAdd(&netlink.Wireguard{LinkAttrs: netlink.LinkAttrs{Name: cfg.Interface}})
-	switch {
-	case errors.Is(err, unix.EOPNOTSUPP):
-		return nil, errors.New(`this kernel has no WireGuard: load its module by "modprobe wireguard", or write "userspace"`)
-	case err != nil && !errors.Is(err, unix.EEXIST):
+	if err != nil && !errors.Is(err, unix.EEXIST) {
 		return nil, fmt.Errorf("tunnel.interface %q: %w", cfg.Interface, err)
 	}
 	link, err := netlink.LinkByName(cfg.Interface)

@@ -13,6 +13,7 @@ exec >/dev/ttyS1 2>&1 </dev/null
 echo root:x:0:0:root:/root:/bin/bash >/etc/passwd
 echo root:x:0: >/etc/group
 : >/etc/hosts; : >/etc/resolv.conf; : >/etc/nsswitch.conf
+[ -e /bin/sh ] || busybox ln -s bash /bin/sh
 modprobe tun
 ip link set lo up
 echo "test-vm kernel $(busybox uname -r)"
