@@ -52,9 +52,10 @@ test-attacks: test-tools build
 test-full: full-tools build
 	$(GO) test -count=1 -timeout 20m ./internal/lab/e2e/clients
 
-# The firewall's tests on the kernels of Debian 12 and 13, in emulated machines: ten minutes, not part of `make test`.
+# The firewall's tests, and the path with the kernel's WireGuard, on the kernels of Debian 12 and 13, in emulated machines: 15 minutes, not part of `make test`.
 test-vm: vm-tools build
 	CGO_ENABLED=0 $(GO) test -c -o bin/firewall.test ./firewall
+	CGO_ENABLED=0 $(GO) test -c -o bin/e2e.test ./internal/lab/e2e
 	$(GO) run ./internal/lab/vm
 
 # Each fuzz target for FUZZTIME.

@@ -12,7 +12,6 @@ func (p *parser) refuseMissing() {
 		closed bool   // the value is one that needs nothing
 		way    string // out
 	}{
-		{"tunnel.backend", r.Tunnel.Backend, r.Tunnel.Backend == "userspace", `write "userspace"`},
 		{"store.etcd", r.Store.Etcd, len(r.Store.Etcd) == 0, "leave it empty: the state stays on this host"},
 	} {
 		if c.closed {

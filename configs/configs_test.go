@@ -186,7 +186,7 @@ func TestBadConfigurations(t *testing.T) {
 			f + ":4: identity.crl \"crl.pem\": the built-in CA needs none, as its users are entered and revoked here: leave it empty, or write ca_key = \"\" if the CA is another's\n" +
 				f + ":5: identity.allowed \"/etc/dns\": the built-in CA needs none, as its users are entered and revoked here: leave it empty, or write ca_key = \"\" if the CA is another's"},
 		{"what is not in this version", minimal + `[tunnel]
-backend = "kernel"
+backend = "kernle"
 [session]
 status_file = "state.db"
 [proxy]
@@ -199,7 +199,7 @@ etcd = ["http://127.0.0.1:2379"]
 [log]
 audit_keep = "10h"
 `,
-			f + ":4: tunnel.backend \"kernel\": not in this version: write \"userspace\"\n" +
+			f + ":4: tunnel.backend \"kernle\": want userspace or kernel\n" +
 				f + ":6: session.status_file \"state.db\": want a file of its own, as in \"openvpn-status.log\"\n" +
 				f + ":8: proxy.per_user_bandwidth \"200mbit\": want a number and a unit, 64kbit to 1000Gbit, as in \"200Mbit\", or \"\" for no limit\n" +
 				f + ":9: proxy.bandwidth \"1Mbit/s\": want a number and a unit, 64kbit to 1000Gbit, as in \"200Mbit\", or \"\" for no limit\n" +

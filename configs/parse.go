@@ -162,6 +162,9 @@ func (p *parser) config() *Config {
 
 	network := p.network(r.Tunnel.Network)
 	server := network.Addr().Next()
+	if b := r.Tunnel.Backend; b != "userspace" && b != "kernel" {
+		p.bad("tunnel.backend", "tunnel.backend %q: want userspace or kernel", b)
+	}
 	tunnelPort := p.port("tunnel.port", r.Tunnel.Port)
 	proxyPort, consolePort := p.port("proxy.port", r.Proxy.Port), p.port("console.port", r.Console.Port)
 	if proxyPort == consolePort {
@@ -179,6 +182,7 @@ func (p *parser) config() *Config {
 		RequirePostQuantum: r.Gate.RequirePostQuantum,
 		Network:            network,
 		Interface:          r.Tunnel.Interface,
+		Kernel:             r.Tunnel.Backend == "kernel",
 		TunnelPort:         tunnelPort,
 		MTU:                p.number("tunnel.mtu", r.Tunnel.MTU, 1280, 1420),
 		Keepalive:          p.duration("tunnel.keepalive", r.Tunnel.Keepalive, time.Second, time.Hour),

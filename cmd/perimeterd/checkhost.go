@@ -20,6 +20,7 @@ import (
 	"perimeterd/firewall"
 	"perimeterd/internal/control"
 	"perimeterd/knock"
+	"perimeterd/vpn/gate"
 )
 
 // checkHost looks at what else is on this host. It changes nothing.
@@ -76,6 +77,13 @@ func checkPorts(ctx context.Context, c *configs.Config, running bool) (lines []l
 		}
 		return err
 	})
+	if c.Gate.Kernel {
+		if err := gate.HasKernel(); err != nil {
+			lines = append(lines, line{"problem", "tunnel.backend", fmt.Sprintf(`the kernel makes no WireGuard device: %v: load its module by "modprobe wireguard", or write "userspace"`, err)})
+		} else {
+			lines = append(lines, line{"ok", "tunnel.backend", "the kernel's WireGuard: no handshake in the first flight, no way in for who has no UDP, no filter on its socket while the table is repaired"})
+		}
+	}
 	// The tunnel's address is not there yet.
 	free := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) (err error) {
 		e := raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_FREEBIND, 1) })

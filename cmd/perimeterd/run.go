@@ -121,7 +121,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 		defer l.Close()
 		gates = append(gates, l)
 	}
-	if err := free(cfg.Gate.TunnelPort); err != nil {
+	if err := free(cfg.Gate); err != nil {
 		return err
 	}
 
@@ -154,11 +154,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 		refill = func(lost bool) error { return tokens.Reload(lost, time.Now()) }
 	}
 
-	dev, err := gate.OpenTUN(cfg.Gate)
-	if err != nil {
-		return err
-	}
-	tunnel, err := gate.NewTunnel(cfg.Gate, keys.wireguard, dev, door, log)
+	tunnel, err := gate.OpenTunnel(cfg.Gate, keys.wireguard, door, log)
 	if err != nil {
 		return err
 	}
@@ -342,13 +338,16 @@ func cutOrphans(ctx context.Context, keys <-chan struct{}, at netip.AddrPort, cl
 	return nil
 }
 
-// free tells whether nobody has the UDP port: WireGuard binds it on every address.
-func free(port uint16) error {
-	c, err := net.ListenUDP("udp", &net.UDPAddr{Port: int(port)})
-	if err != nil {
-		return fmt.Errorf("tunnel.port %d: %w: nothing was changed on this host; stop the program that has the port, or choose another", port, err)
+// free tells whether nobody else has the UDP port: WireGuard binds it on every address.
+func free(cfg gate.Config) error {
+	c, err := net.ListenUDP("udp", &net.UDPAddr{Port: int(cfg.TunnelPort)})
+	switch {
+	case err == nil:
+		return c.Close()
+	case gate.HeldByUs(cfg):
+		return nil
 	}
-	return c.Close()
+	return fmt.Errorf("tunnel.port %d: %w: nothing was changed on this host; stop the program that has the port, or choose another", cfg.TunnelPort, err)
 }
 
 func newLog(c configs.Log) *slog.Logger {

@@ -50,6 +50,9 @@ func (j *journal) read() (text string, next <-chan struct{}) {
 // Setting is a line of the configuration that init wrote and what shall stand there instead.
 type Setting struct{ Key, Value string }
 
+// BackendVariable names the variable that sets every daemon's tunnel.backend, so that the same tests are run with each.
+const BackendVariable = "PERIMETERD_BACKEND"
+
 // NewDaemon runs init for the lab's addresses: the egress address as source, the cloud's network allowed although its
 // addresses are reserved. Settings change more; a key that the file does not have is an error.
 func (l *Lab) NewDaemon(ctx context.Context, settings ...Setting) (*Daemon, error) {
@@ -62,6 +65,9 @@ func (l *Lab) NewDaemon(ctx context.Context, settings ...Setting) (*Daemon, erro
 	if out, err := l.Bastion.Command(ctx, bin, "init", "--dir", d.Dir, "--endpoint", l.Bastion.Addr.String(),
 		"--egress", netip.PrefixFrom(l.Egress, 32).String()).CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("perimeterd init: %w\n%s", err, out)
+	}
+	if backend := os.Getenv(BackendVariable); backend != "" {
+		settings = append([]Setting{{"backend", fmt.Sprintf("%q", backend)}}, settings...)
 	}
 	settings = append([]Setting{{"bind", fmt.Sprintf("%q", l.Egress)}, {"allow_private", `["198.19.1.0/24"]`}}, settings...)
 	return d, d.Set(settings...)

@@ -78,7 +78,7 @@ type stranger struct {
 
 func (b *bench) stranger() stranger {
 	b.t.Helper()
-	c, err := net.DialUDP("udp", nil, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: listenPort(b.t, b.tunnel.dev)})
+	c, err := net.DialUDP("udp", nil, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: listenPort(b.t, b.tunnel.engine.(userspace).Device)})
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -178,7 +178,7 @@ func TestAddressOfALiveSessionIsNobodyElses(t *testing.T) {
 	if err := b.store.Put(thief); !errors.Is(err, session.ErrAddressTaken) {
 		t.Errorf("a session with an address that is taken: %v", err)
 	}
-	if p := b.tunnel.dev.LookupPeer(device.NoisePublicKey(public)); p != nil {
+	if p := b.tunnel.engine.(userspace).Device.LookupPeer(device.NoisePublicKey(public)); p != nil {
 		t.Error("its peer was added")
 	}
 	arrives(t, tuntest.Ping(server, c.address), c.tun.Outbound, b.tun.Inbound, "to the server, after the attempt")

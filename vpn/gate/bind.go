@@ -54,3 +54,6 @@ func (w *watched) Send(bufs [][]byte, ep conn.Endpoint) error {
 
 // Handshakes counts handshake responses, sent and received. When it moves, some peer's endpoint may have.
 func (w *watched) Handshakes() uint64 { return w.sent.Load() + w.responses.Load() }
+
+// Responses counts those that came.
+func (w *watched) Responses() uint64 { return w.responses.Load() }

@@ -12,6 +12,7 @@ type Config struct {
 	RequirePostQuantum bool
 	Network            netip.Prefix // of the tunnel, IPv4; the first address is the daemon's
 	Interface          string
+	Kernel             bool // its WireGuard, instead of ours
 	TunnelPort         uint16
 	MTU                int
 	Keepalive          time.Duration

@@ -304,7 +304,7 @@ func TestSessionFromPostToDelete(t *testing.T) {
 	if n := len(b.store.List()); n != 0 {
 		t.Errorf("%d sessions left", n)
 	}
-	if e, err := b.tunnel.endpoints(); err != nil || len(e) != 0 {
+	if e, err := b.tunnel.engine.statuses(); err != nil || len(e) != 0 {
 		t.Errorf("peers left: %v, %v", e, err)
 	}
 }
@@ -471,7 +471,7 @@ func TestHandshakeInTheRequestBringsTheTunnelUpAndDataAdmits(t *testing.T) {
 	if a, _ := b.door.sizes(); a != 0 {
 		t.Fatal("admitted before the key was proven")
 	}
-	port := listenPort(t, b.tunnel.dev)
+	port := listenPort(t, b.tunnel.engine.(userspace).Device)
 	endpoint, err := bind.ParseEndpoint(fmt.Sprintf("127.0.0.1:%d", port))
 	if err != nil {
 		t.Fatal(err)
@@ -543,7 +543,7 @@ func TestAnotherPeersInitiationIsNotAnswered(t *testing.T) {
 	if err != nil || status != 201 || json.Unmarshal(answer, &reply) != nil || len(reply.Response) != 0 {
 		t.Errorf("%d %s %v: want a session without a response", status, answer, err)
 	}
-	if e, err := b.tunnel.endpoints(); err != nil || len(e) != 0 {
+	if e, err := b.tunnel.engine.statuses(); err != nil || len(e) != 0 {
 		t.Errorf("the victim's endpoint moved: %v, %v", e, err)
 	}
 }

@@ -59,7 +59,7 @@ func (b *bench) join(name string) *client {
 	c.address = reply.Address.Addr()
 	c.id, err = session.ParseID(reply.ID)
 	must(err)
-	to := fmt.Sprintf("127.0.0.1:%d", listenPort(b.t, b.tunnel.dev))
+	to := fmt.Sprintf("127.0.0.1:%d", listenPort(b.t, b.tunnel.engine.(userspace).Device))
 	endpoint, err := bind.ParseEndpoint(to)
 	must(err)
 	must(c.dev.IpcSet(fmt.Sprintf("public_key=%x\nupdate_only=true\npreshared_key=%x\nendpoint=%s\n", b.serverWG, reply.PresharedKey, to)))

@@ -67,7 +67,7 @@ type connected struct {
 
 // clients lists those who have completed a handshake, by the time they came.
 func (t *Tunnel) clients() ([]connected, error) {
-	device, err := t.endpoints()
+	device, err := t.engine.statuses()
 	if err != nil {
 		return nil, err
 	}

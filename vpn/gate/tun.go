@@ -3,6 +3,7 @@ package gate
 import (
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.zx2c4.com/wireguard/tun"
 
@@ -19,6 +20,7 @@ type admitting struct {
 	count   atomic.Int64
 	mu      sync.RWMutex
 	pending map[[4]byte]session.Session
+	newest  time.Time // that the latest was expected
 }
 
 // Write implements tun.Device: packets towards the host.
@@ -52,8 +54,15 @@ func (a *admitting) check(source [4]byte) {
 func (a *admitting) expect(s session.Session) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.pending[s.Address.As4()] = s
+	a.pending[s.Address.As4()], a.newest = s, time.Now()
 	a.count.Store(int64(len(a.pending)))
+}
+
+// waiting is how many are pending, and since when the newest is.
+func (a *admitting) waiting() (int, time.Time) {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	return len(a.pending), a.newest
 }
 
 func (a *admitting) forget(s session.Session) {

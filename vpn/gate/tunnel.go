@@ -1,16 +1,12 @@
 package gate
 
 import (
-	"bufio"
 	"bytes"
 	"context"
-	"encoding/hex"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -38,8 +34,9 @@ type Door interface {
 // may have named someone else's key.
 type Tunnel struct {
 	keys  [2][32]byte // private, public
-	dev   *device.Device
-	bind  *watched
+	engine engine
+	bind  *watched // userspace
+	count counter
 	inner *admitting
 	door  Door
 	log   *slog.Logger
@@ -71,30 +68,34 @@ func NewTunnel(cfg Config, private session.Key, dev tun.Device, door Door, log *
 	if err != nil {
 		return nil, fmt.Errorf("the tunnel's private key: %w", err)
 	}
-	t := &Tunnel{keys: [2][32]byte{private, [32]byte(public)}, bind: &watched{Bind: vpn.NewBind()}, door: door, log: log, offered: cfg.Services,
-		wake: make(chan struct{}, 1), begun: make(chan struct{}), peers: map[session.Key]*peer{}, reading: rate.NewLimiter(readRate, readBurst)}
-	t.bind.heed = t.heed
-	t.inner = &admitting{Device: dev, admit: t.admit, pending: map[[4]byte]session.Session{}}
+	t := newTunnel(cfg, door, log)
+	t.keys, t.bind = [2][32]byte{private, [32]byte(public)}, &watched{Bind: vpn.NewBind(), heed: t.heed}
+	t.inner.Device = dev
 	quiet := &device.Logger{Verbosef: device.DiscardLogf, Errorf: func(format string, args ...any) {
 		log.Debug("wireguard: " + fmt.Sprintf(format, args...))
 	}}
-	t.dev = device.NewDevice(t.inner, t.bind, quiet)
-	if err := t.dev.IpcSet(fmt.Sprintf("private_key=%x\nlisten_port=%d\n", private, cfg.TunnelPort)); err != nil {
-		t.dev.Close()
+	wg := device.NewDevice(t.inner, t.bind, quiet)
+	if err := wg.IpcSet(fmt.Sprintf("private_key=%x\nlisten_port=%d\n", private, cfg.TunnelPort)); err != nil {
+		wg.Close()
 		return nil, fmt.Errorf("tunnel.port %d: %w", cfg.TunnelPort, err)
 	}
-	if err := t.dev.Up(); err != nil {
-		t.dev.Close()
+	if err := wg.Up(); err != nil {
+		wg.Close()
 		return nil, fmt.Errorf("tunnel.port %d: %w: does another program use it?", cfg.TunnelPort, err)
 	}
+	t.engine, t.count = userspace{wg}, t.bind
 	return t, nil
 }
 
-// Close ends the tunnel. Peers go first, since closing the device closes the TUN before them.
-func (t *Tunnel) Close() {
-	t.dev.RemoveAllPeers()
-	t.dev.Close()
+func newTunnel(cfg Config, door Door, log *slog.Logger) *Tunnel {
+	t := &Tunnel{door: door, log: log, offered: cfg.Services, wake: make(chan struct{}, 1), begun: make(chan struct{}),
+		peers: map[session.Key]*peer{}, reading: rate.NewLimiter(readRate, readBurst)}
+	t.inner = &admitting{admit: t.admit, pending: map[[4]byte]session.Session{}}
+	return t
 }
+
+// Close ends the tunnel: no packet passes any more.
+func (t *Tunnel) Close() { t.engine.close() }
 
 // Pending is how many sessions wait for the first packet through their keys.
 func (t *Tunnel) Pending() int { return int(t.inner.count.Load()) }
@@ -108,12 +109,12 @@ func (t *Tunnel) Begun() <-chan struct{} { return t.begun }
 // dropped. Run shakes hands with those who were there a moment ago.
 func (t *Tunnel) Resume(sessions []session.Session, now time.Time) error {
 	admitted, services, endpoints := map[netip.Addr]time.Time{}, map[netip.Addr][]uint16{}, map[netip.AddrPort]time.Time{}
-	var config strings.Builder
+	var list []newcomer
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, s := range sessions {
 		p := t.knowLocked(s)
-		config.WriteString(peerConfig(s))
+		list = append(list, newcomer{Session: s})
 		if s.Seen.Handshake.IsZero() {
 			t.inner.expect(s)
 			continue
@@ -122,14 +123,17 @@ func (t *Tunnel) Resume(sessions []session.Session, now time.Time) error {
 		if age := now.Sub(s.Seen.Handshake); s.Seen.Endpoint.IsValid() && age >= 0 && age < keysLife {
 			p.endpoint, p.until = s.Seen.Endpoint, endpointEnd(s, s.Seen.Handshake, now)
 			endpoints[p.endpoint] = p.until
-			fmt.Fprintf(&config, "endpoint=%v\n", p.endpoint)
+			list[len(list)-1].endpoint = p.endpoint
 			t.back = append(t.back, p)
 		}
 	}
 	if err := t.door.Resume(admitted, services, endpoints); err != nil {
 		return err
 	}
-	if err := t.dev.IpcSet(config.String()); err != nil { // IpcSet's errors quote no values
+	if err := t.engine.keep(t.peers); err != nil {
+		return fmt.Errorf("peers of sessions that ended: %w", err)
+	}
+	if err := t.engine.add(list...); err != nil {
 		return fmt.Errorf("peers of %d sessions: %w", len(sessions), err)
 	}
 	return nil
@@ -153,7 +157,7 @@ func (t *Tunnel) add(s session.Session) {
 	t.knowLocked(s)
 	t.mu.Unlock()
 	t.inner.expect(s)
-	if err := t.dev.IpcSet(peerConfig(s)); err != nil {
+	if err := t.engine.add(newcomer{Session: s}); err != nil {
 		t.log.Error("peer not added", "session", s.ID, "user", s.User, "err", err)
 	}
 }
@@ -168,12 +172,8 @@ func (t *Tunnel) knowLocked(s session.Session) *peer {
 	return p
 }
 
-func peerConfig(s session.Session) string {
-	return fmt.Sprintf("public_key=%x\npreshared_key=%x\nreplace_allowed_ips=true\nallowed_ip=%s/32\n", s.PublicKey, s.PresharedKey, s.Address)
-}
-
 func (t *Tunnel) remove(s session.Session) {
-	if err := t.dev.IpcSet(fmt.Sprintf("public_key=%x\nremove=true\n", s.PublicKey)); err != nil {
+	if err := t.engine.remove(s.PublicKey); err != nil {
 		t.log.Error("peer not removed", "session", s.ID, "user", s.User, "err", err)
 	}
 	t.inner.forget(s)
@@ -246,9 +246,12 @@ func (t *Tunnel) services(groups []string) (ports []uint16) {
 const handshakeWait = 500 * time.Millisecond
 
 // Handshake lets the device answer an initiation that came in a request of outer, and returns its response; nil where
-// the initiation is not one of the key given for this server's, is a replay, or the device is under load. Another peer's
-// initiation goes no further: it would move that peer's endpoint to this request.
+// the initiation is not one of the key given for this server's, is a replay, the device is under load, or is the kernel's,
+// which takes none but by its socket. Another peer's initiation goes no further: it would move that peer's endpoint to this request.
 func (t *Tunnel) Handshake(ctx context.Context, key session.Key, message []byte, outer netip.AddrPort) []byte {
+	if t.bind == nil {
+		return nil
+	}
 	if i, ok := openInitiation(message, t.keys[0], t.keys[1]); !ok || i.static != key {
 		return nil
 	}
@@ -352,6 +355,11 @@ const lookEvery = 250 * time.Millisecond
 // ctx ends. First it begins the handshakes of sessions that came back, or their clients, who know of no restart, would wait
 // for 15 s before they begin one.
 func (t *Tunnel) Run(ctx context.Context, note func(map[session.ID]session.Seen) error) error {
+	if t.bind == nil {
+		proving := make(chan struct{})
+		go func() { t.admitProven(ctx); close(proving) }()
+		defer func() { <-proving }()
+	}
 	tick, pace := time.NewTicker(lookEvery), time.NewTicker(resumePace)
 	defer tick.Stop()
 	defer pace.Stop()
@@ -361,7 +369,7 @@ func (t *Tunnel) Run(ctx context.Context, note func(map[session.ID]session.Seen)
 	t.mu.Unlock()
 	// Who was there last is most likely to be there still.
 	slices.SortFunc(back, func(a, b *peer) int { return b.session.Seen.Handshake.Compare(a.session.Seen.Handshake) })
-	open, answered, patience := 0, t.bind.responses.Load(), time.Now()
+	open, answered, patience := 0, t.count.Responses(), time.Now()
 	var seen uint64
 	var looked time.Time
 	woken, failed := false, ""
@@ -375,16 +383,14 @@ func (t *Tunnel) Run(ctx context.Context, note func(map[session.ID]session.Seen)
 				close(t.begun)
 				continue
 			}
-			now := t.bind.responses.Load()
+			now := t.count.Responses()
 			if open -= int(now - answered); open < 0 || time.Since(patience) > resumePatience {
 				open, patience = 0, time.Now()
 			}
 			answered = now
 			for ; open < resumeAtOnce && len(back) > 0; back = back[1:] {
-				if p := t.dev.LookupPeer(device.NoisePublicKey(back[0].session.PublicKey)); p != nil {
-					_ = p.SendHandshakeInitiation(false) // the device repeats it
-					open++
-				}
+				t.engine.begin(back[0].session.PublicKey)
+				open++
 			}
 			continue
 		case <-t.wake:
@@ -392,12 +398,12 @@ func (t *Tunnel) Run(ctx context.Context, note func(map[session.ID]session.Seen)
 		case <-tick.C:
 			n++
 		}
-		handshakes := t.bind.Handshakes()
+		handshakes := t.count.Handshakes()
 		if time.Since(looked) < lookEvery || !woken && (handshakes == seen || n%int(time.Second/lookEvery) != 0) {
 			continue
 		}
 		woken, seen, looked = false, handshakes, time.Now()
-		endpoints, err := t.endpoints()
+		endpoints, err := t.engine.statuses()
 		if err != nil {
 			t.log.Error("endpoints of the tunnel not read", "err", err)
 			continue
@@ -445,56 +451,4 @@ func (t *Tunnel) noted(changed map[session.ID]session.Seen) {
 			p.noted = seen
 		}
 	}
-}
-
-// status is what the device says of a peer whose handshake is complete.
-type status struct {
-	endpoint       netip.AddrPort
-	handshake      time.Time
-	received, sent uint64 // bytes
-}
-
-// endpoints reads the device's state (https://www.wireguard.com/xplatform/). The text holds private and preshared keys:
-// it must never be logged.
-func (t *Tunnel) endpoints() (map[session.Key]status, error) {
-	text, err := t.dev.IpcGet()
-	if err != nil {
-		return nil, err
-	}
-	list := map[session.Key]status{}
-	var key session.Key
-	var s status
-	note := func() {
-		if s.endpoint.IsValid() && !s.handshake.IsZero() {
-			list[key] = s
-		}
-		s = status{}
-	}
-	for lines := bufio.NewScanner(strings.NewReader(text)); lines.Scan(); {
-		name, value, _ := strings.Cut(lines.Text(), "=")
-		switch name {
-		case "public_key":
-			note()
-			b, err := hex.DecodeString(value)
-			if err != nil || len(b) != len(key) {
-				return nil, errors.New("the device lists a public key that is none")
-			}
-			key = session.Key(b)
-		case "endpoint":
-			if e, err := netip.ParseAddrPort(value); err == nil {
-				s.endpoint = netip.AddrPortFrom(e.Addr().Unmap().WithZone(""), e.Port())
-			}
-		case "last_handshake_time_sec":
-			var sec int64
-			if _, err := fmt.Sscan(value, &sec); err == nil && sec > 0 {
-				s.handshake = time.Unix(sec, 0).UTC()
-			}
-		case "rx_bytes":
-			_, _ = fmt.Sscan(value, &s.received)
-		case "tx_bytes":
-			_, _ = fmt.Sscan(value, &s.sent)
-		}
-	}
-	note()
-	return list, nil
 }

@@ -56,9 +56,9 @@ func (r *report) line(line string) {
 		r.kernel = value
 	case "nft":
 		r.nft = value
-	case "firewall":
+	case "firewall", "e2e":
 		if value != "0" {
-			r.fail(fmt.Errorf("firewall.test: exit status %s", value))
+			r.fail(fmt.Errorf("%s.test: exit status %s", what, value))
 		}
 	case "end":
 		r.ended = true

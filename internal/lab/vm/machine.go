@@ -18,7 +18,7 @@ import (
 )
 
 // What the tests call, with the kernel. tiny-initramfs stands in for the initramfs generator that the kernel's package wants.
-const packages = "linux-image-cloud-amd64,tiny-initramfs,kmod,busybox-static,bash,coreutils,util-linux,diffutils,nftables,netbase,iproute2,knockd"
+const packages = "linux-image-cloud-amd64,tiny-initramfs,kmod,busybox-static,bash,coreutils,util-linux,diffutils,nftables,netbase,iproute2,knockd,curl,procps"
 
 // What the machine boots without, to keep it small: memory holds it all.
 var pruned = []string{

@@ -1,6 +1,6 @@
 //go:build linux
 
-// Command vm runs the firewall's tests and `perimeterd check` on the kernels of Debian 12 and 13, each with the nft of its
+// Command vm runs the firewall's tests, `perimeterd check`, and the path end to end with the kernel's WireGuard on the kernels of Debian 12 and 13, each with the nft of its
 // release, in virtual machines without network. `make test-vm` runs it as root, after building what it carries in. The
 // machines are emulated, some ten times slower than a real one, so that they run anywhere, inside other machines too.
 //
@@ -45,10 +45,11 @@ func main() {
 
 func run(ctx context.Context) error {
 	suite := flag.String("suite", "", "only this `RELEASE`: bookworm or trixie")
-	tests := flag.String("run", ".", "only tests that match `REGEXP`")
+	tests := flag.String("run", ".", "only tests of the firewall that match `REGEXP`")
+	kernel := flag.String("kernel", kernelTests, "only tests of the path that match `REGEXP`")
 	flag.Parse()
 
-	load, err := payload(*tests)
+	load, err := payload(*tests, *kernel)
 	if err != nil {
 		return err
 	}
@@ -83,10 +84,13 @@ func run(ctx context.Context) error {
 	return summarize(os.Stdout, reports)
 }
 
+// kernelTests are of what the kernel's WireGuard does in the place of ours.
+const kernelTests = "^TestKnockUpCurl$|^TestKilledDaemon|^TestRevocationOutlives|^TestRevokedUserIsOutAtOnce$|^TestServiceIsForItsGroups$|^TestKernel"
+
 // payload is what every machine gets besides its packages: the tests, the daemon, and the program that runs them.
-func payload(tests string) ([]file, error) {
-	files := []file{{"init", 0o755, initScript}, {"payload/run", 0o644, []byte(tests)}}
-	for _, name := range []string{"perimeterd", "firewall.test"} {
+func payload(tests, kernel string) ([]file, error) {
+	files := []file{{"init", 0o755, initScript}, {"payload/run", 0o644, []byte(tests)}, {"payload/kernel", 0o644, []byte(kernel)}}
+	for _, name := range []string{"perimeterd", "knock", "vpn", "firewall.test", "e2e.test"} {
 		path, err := lab.Bin(name)
 		if err != nil {
 			return nil, err
