@@ -85,7 +85,7 @@ func run(ctx context.Context) error {
 }
 
 // kernelTests are of what the kernel's WireGuard does in the place of ours.
-const kernelTests = "^TestKnockUpCurl$|^TestKilledDaemon|^TestRevocationOutlives|^TestRevokedUserIsOutAtOnce$|^TestServiceIsForItsGroups$|^TestKernel"
+const kernelTests = "^TestKnockUpCurl$|^TestKilledDaemonComesBack|^TestRevocationOutlives|^TestRevokedUserIsOutAtOnce$|^TestServiceIsForItsGroups$|^TestKernel"
 
 // payload is what every machine gets besides its packages: the tests, the daemon, and the program that runs them.
 func payload(tests, kernel string) ([]file, error) {
