@@ -33,15 +33,15 @@ type Door interface {
 // peer exists, its address is not admitted until the first packet that came through its keys, since whoever asked for it
 // may have named someone else's key.
 type Tunnel struct {
-	keys  [2][32]byte // private, public
+	keys   [2][32]byte // private, public
 	engine engine
-	bind  *watched // userspace
-	count counter
-	inner *admitting
-	door  Door
-	log   *slog.Logger
-	wake  chan struct{} // a session was admitted: its endpoint is known now
-	begun chan struct{} // closed: see Begun
+	bind   *watched // userspace
+	count  counter
+	inner  *admitting
+	door   Door
+	log    *slog.Logger
+	wake   chan struct{} // a session was admitted: its endpoint is known now
+	begun  chan struct{} // closed: see Begun
 
 	offered []Service
 	reading *rate.Limiter // of initiations
