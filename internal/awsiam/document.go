@@ -3,6 +3,7 @@ package awsiam
 import (
 	"bytes"
 	"encoding/json"
+	"slices"
 )
 
 const version = "2012-10-17" // of the policy language: the one with variables
@@ -65,4 +66,9 @@ func (d Document) text(prefix, indent string) string {
 		panic(err) // texts, lists and maps of texts
 	}
 	return b.String()
+}
+
+// NamesPrincipal says whether the document is a trust or resource policy.
+func (d Document) NamesPrincipal() bool {
+	return slices.ContainsFunc(d.Statement, func(s Statement) bool { return s.Principal != nil || s.NotPrincipal != nil })
 }
