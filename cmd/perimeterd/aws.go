@@ -17,6 +17,6 @@ func newAWSCommand() *cobra.Command {
 		}
 		return cfg.Egress.Public, nil
 	}
-	c.AddCommand(awscmd.Policy("perimeterd", configured, func(err error) error { return usageError{err} }), newAWSTestCommand(configured))
+	c.AddCommand(awscmd.Policy("perimeterd", configured, func(err error) error { return usageError{err} }), newAWSTestCommand(configured), newAWSStackCommand(configured))
 	return c
 }
