@@ -5,6 +5,7 @@
 # make test-attacks the built daemon attacked with scans, odd tokens and floods, three minutes; fails if one gains anything
 # make bench-sessions  5,000 sessions, revocations and crashes among many, three minutes; writes docs/benchmarks.md, fails if a promise is broken
 # make bench-limits   what the machine can do without us, half a minute; writes docs/benchmarks.md
+# make test-iam     our evaluator of IAM policies against an independent one from npm, 10,000 cases, half a minute
 # make soak         100,000 knocks at the running daemon, ten minutes; fails if anything grows
 
 SHELL := /bin/bash
@@ -17,10 +18,11 @@ TEST_TOOLS := $(DEMO_TOOLS) gcc:gcc knock:knockd wg:wireguard-tools wireguard-go
 FULL_TOOLS := $(TEST_TOOLS) chromium:chromium certutil:libnss3-tools /usr/bin/aws:awscli node:nodejs npm:npm calamaris:calamaris
 PEER_TOOLS := nft:nftables ip:iproute2 iptables:iptables ipset:ipset knockd:knockd fwknopd:fwknop-server fwknop:fwknop-client
 SOAK_TOOLS := nft:nftables ip:iproute2
+IAM_TOOLS := node:nodejs npm:npm
 VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod
 UNIT := $(GO) list ./... | grep -v internal/lab/e2e
 
-.PHONY: build demo test lint unit e2e test-attacks test-full test-vm fuzz bench bench-door bench-sessions bench-limits soak clean demo-tools test-tools full-tools vm-tools peer-tools soak-tools
+.PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-door bench-sessions bench-limits soak clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools soak-tools
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
@@ -51,6 +53,10 @@ test-attacks: test-tools build
 # The programs that people use, against the built binaries: Chromium, the AWS CLI, curl, Go, Python, Node, npm.
 test-full: full-tools build
 	$(GO) test -count=1 -timeout 20m ./internal/lab/e2e/clients
+
+# The evaluator of `perimeterd aws test` against @cloud-copilot/iam-simulate, which npm's registry has.
+test-iam: iam-tools
+	$(GO) run ./internal/lab/iamsim -cases 10000
 
 # The firewall's tests, and the path with the kernel's WireGuard, on the kernels of Debian 12 and 13, in emulated machines: 15 minutes, not part of `make test`.
 test-vm: vm-tools build
@@ -109,6 +115,9 @@ test-tools:
 
 full-tools:
 	$(call install,$(FULL_TOOLS))
+
+iam-tools:
+	$(call install,$(IAM_TOOLS))
 
 vm-tools:
 	$(call install,$(VM_TOOLS))

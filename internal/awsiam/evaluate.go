@@ -1,6 +1,7 @@
 package awsiam
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -36,7 +37,7 @@ func (s Set) Evaluate(r Request) (Decision, error) {
 		name  string
 		files []File
 	}{{"service control policy", s.SCP}, {"resource or trust policy", s.Resource}, {"policy of the user or role", s.Identity}, {"session policy", s.Session}}
-	denied, allowed := "", map[string]string{}
+	denied, allowed, itself := "", map[string]string{}, false
 	for _, l := range layers {
 		for _, f := range l.files {
 			for i, st := range f.Statement {
@@ -47,8 +48,9 @@ func (s Set) Evaluate(r Request) (Decision, error) {
 					return Decision{}, fmt.Errorf("%s: %w", by, err)
 				case applies && st.Effect == "Deny" && denied == "":
 					denied = by
-				case applies && st.Effect == "Allow" && allowed[l.name] == "":
-					allowed[l.name] = by
+				case applies && st.Effect == "Allow":
+					allowed[l.name] = cmp.Or(allowed[l.name], by)
+					itself = itself || st.Principal.itself(r)
 				}
 			}
 		}
@@ -63,8 +65,16 @@ func (s Set) Evaluate(r Request) (Decision, error) {
 	if strings.EqualFold(r.Action, "sts:GetSessionToken") {
 		return Decision{true, "", "it needs no Allow"}, nil
 	}
-	// A resource's policy that names the caller suffices in one account; a role's trust and the caller's own policy must agree.
-	either := len(s.Identity) > 0 && len(s.Resource) > 0 && !strings.HasPrefix(strings.ToLower(r.Action), "sts:assumerole")
+	// In one account a resource's policy that names the caller suffices, or the caller's own; one that names the account leaves it
+	// to the caller's. Across accounts, and for a role's trust, both must allow. An ARN without an account is taken for the caller's.
+	if r.acrossAccounts() || strings.HasPrefix(strings.ToLower(r.Action), "sts:assumerole") {
+		itself = false
+	} else if len(s.Identity) > 0 && allowed[layers[2].name] != "" && len(s.Resource) > 0 {
+		allowed[layers[1].name] = cmp.Or(allowed[layers[1].name], allowed[layers[2].name])
+	}
+	if itself && len(s.Identity) > 0 {
+		allowed[layers[2].name] = cmp.Or(allowed[layers[2].name], allowed[layers[1].name])
+	}
 	d := Decision{true, "", "no policy was given"}
 	for _, l := range layers {
 		by := allowed[l.name]
@@ -72,8 +82,6 @@ func (s Set) Evaluate(r Request) (Decision, error) {
 		case len(l.files) == 0:
 			continue
 		case l.name == "service control policy" && !slices.ContainsFunc(l.files, File.allows):
-			continue
-		case by == "" && either && (l.name == layers[1].name && allowed[layers[2].name] != "" || l.name == layers[2].name && allowed[layers[1].name] != ""):
 			continue
 		case by == "":
 			return Decision{false, "", "no " + l.name + " allows it"}, nil
@@ -167,6 +175,20 @@ func (p Principal) names(r Request) bool {
 		slices.Contains(p["AWS"], "*")
 }
 
+// itself says whether the caller is named, and not only the account.
+func (p Principal) itself(r Request) bool {
+	return slices.ContainsFunc(slices.Concat([]string{"*", r.Principal}, r.context["aws:principalarn"]), func(s string) bool {
+		return slices.Contains(p["AWS"], s) && !strings.HasSuffix(s, ":root")
+	})
+}
+
+// acrossAccounts says whether the caller's account and the resource's are known to differ.
+func (r Request) acrossAccounts() bool {
+	caller, ok := parseARN(r.Principal)
+	resource, there := parseARN(r.Resource)
+	return ok && there && resource.account != "" && resource.account != caller.account
+}
+
 func (c Condition) holds(lookup func(string) (string, bool, error), r Request) (bool, error) {
 	all := true
 	for _, operator := range sorted(c) {
@@ -225,10 +247,10 @@ func (o operator) holds(want Values, got []string, lookup func(string) (string, 
 		}
 	}
 	switch {
-	case len(got) == 0:
-		return o.ifExists || o.set == "ForAllValues" || o.negated && o.set == "", nil
 	case o.set == "ForAnyValue":
-		return matched > 0, nil
+		return matched > 0, nil // of an absent key too, with IfExists or without: repost.aws/questions/QU9HFmDzP0QGuU-fd7rS6B7w
+	case len(got) == 0:
+		return o.ifExists || o.set == "ForAllValues" || o.negated, nil
 	}
 	return matched == len(got), nil
 }

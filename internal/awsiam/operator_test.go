@@ -46,7 +46,7 @@ func TestOperators(t *testing.T) {
 		{"ForAnyValue:StringEquals", `["a","b"]`, one("b", "c"), true}, {"ForAnyValue:StringEquals", `["a","b"]`, one("c"), false}, {"ForAnyValue:StringEquals", `"a"`, absent, false},
 		{"ForAllValues:StringEquals", `["a","b"]`, one("b", "a"), true}, {"ForAllValues:StringEquals", `["a","b"]`, one("b", "c"), false}, {"ForAllValues:StringEquals", `"a"`, absent, true},
 		{"ForAnyValue:StringNotEquals", `["a","b"]`, one("a", "c"), true}, {"ForAnyValue:StringNotEquals", `["a","b"]`, one("a"), false}, {"ForAnyValue:StringNotEquals", `"a"`, absent, false},
-		{"ForAllValues:StringNotLike", `"a*"`, one("b", "c"), true}, {"ForAllValues:StringNotLike", `"a*"`, one("b", "ab"), false}, {"ForAnyValue:StringLikeIfExists", `"a"`, absent, true},
+		{"ForAllValues:StringNotLike", `"a*"`, one("b", "c"), true}, {"ForAllValues:StringNotLike", `"a*"`, one("b", "ab"), false}, {"ForAnyValue:StringLikeIfExists", `"a"`, absent, false}, {"ForAllValues:StringLikeIfExists", `"a"`, absent, true},
 	} {
 		name := fmt.Sprintf("%s %s of %q", c.operator, c.want, c.got)
 		f := parse(t, `{"Version":"2012-10-17","Statement":{"Effect":"Allow","Action":"*","Resource":"*","Condition":{"`+c.operator+`":{"my:Key":`+c.want+`}}}}`)
@@ -255,4 +255,29 @@ func FuzzPattern(f *testing.F) {
 			t.Fatalf("%q of %q: %v", want, got, p.matches(got))
 		}
 	})
+}
+
+// A bucket's policy beside the caller's own.
+func TestResourcePolicies(t *testing.T) {
+	const bucket = `{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Principal":{"AWS":"%s"},"Action":"s3:*","Resource":"*"}]}`
+	none := `{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"ec2:*","Resource":"*"}]}`
+	for _, c := range []struct {
+		named, own, resource string
+		want                 bool
+	}{
+		{alice, none, "arn:aws:s3:::b/k", true},
+		{"*", none, "arn:aws:s3:::b/k", true},
+		{"arn:aws:iam::999900001111:root", none, "arn:aws:s3:::b/k", false}, // the account is left to allow it
+		{"arn:aws:iam::999900001111:root", allowAll, "arn:aws:s3:::b/k", true},
+		{bot, allowAll, "arn:aws:s3:::b/k", true},
+		{bot, none, "arn:aws:s3:::b/k", false},
+		{alice, none, "arn:aws:s3:eu-west-1:111122223333:accesspoint/x", false}, // another account's
+		{bot, allowAll, "arn:aws:s3:eu-west-1:111122223333:accesspoint/x", false},
+		{alice, allowAll, "arn:aws:s3:eu-west-1:111122223333:accesspoint/x", true},
+	} {
+		s := Set{Identity: []File{parse(t, c.own)}, Resource: []File{parse(t, fmt.Sprintf(bucket, c.named))}}
+		if got := decide(t, s, Caller{Principal: alice, From: atHome}, "s3:GetObject", c.resource); got != c.want {
+			t.Errorf("%s, %s, %s: %v", c.named, c.own, c.resource, got)
+		}
+	}
 }

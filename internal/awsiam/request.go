@@ -158,3 +158,6 @@ func (r Request) variable(key string) (string, bool, error) {
 	}
 	return values[0], true, nil
 }
+
+// Context is the request's condition keys, in lower case.
+func (r Request) Context() map[string][]string { return r.context }
