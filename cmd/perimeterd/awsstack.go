@@ -42,7 +42,7 @@ In each, --account is the other account. The template goes to stdout, warnings a
 			for _, w := range s.Warnings {
 				fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s\n", w)
 			}
-			text, next := s.CloudFormation(), "aws cloudformation deploy --stack-name perimeter-"+s.Name+" --template-file FILE --capabilities CAPABILITY_NAMED_IAM"
+			text, next := s.CloudFormation(), "aws cloudformation create-stack --stack-name perimeter-"+s.Name+" --template-body file://FILE --capabilities CAPABILITY_NAMED_IAM"
 			if terraform {
 				text, next = s.Terraform(), "terraform init && terraform plan"
 			}

@@ -10,9 +10,9 @@ import (
 
 // Finding is one mistake that people make, and whether these policies make it.
 type Finding struct {
-	Name  string // of the mistake
-	State State
-	Text  string // what was asked, and what decided
+	Name  string `json:"name"` // of the mistake
+	State State  `json:"state"`
+	Text  string `json:"text"` // what was asked, and what decided
 }
 
 // State is how a finding ends. Open and Breaks are to act on.
