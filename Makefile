@@ -14,7 +14,7 @@ GO ?= go
 
 DEMO_TOOLS := nft:nftables ip:iproute2 curl:curl nmap:nmap
 TEST_TOOLS := $(DEMO_TOOLS) gcc:gcc knock:knockd wg:wireguard-tools wireguard-go:wireguard-go setcap:libcap2-bin make-cadir:easy-rsa openssl:openssl strace:strace \
-	/lib/systemd/systemd-journal-remote:systemd-journal-remote jc:jc
+	/lib/systemd/systemd-journal-remote:systemd-journal-remote jc:jc jq:jq
 FULL_TOOLS := $(TEST_TOOLS) chromium:chromium certutil:libnss3-tools /usr/bin/aws:awscli node:nodejs npm:npm calamaris:calamaris
 PEER_TOOLS := nft:nftables ip:iproute2 iptables:iptables ipset:ipset knockd:knockd fwknopd:fwknop-server fwknop:fwknop-client
 SOAK_TOOLS := nft:nftables ip:iproute2
@@ -54,10 +54,6 @@ test-attacks: test-tools build
 test-full: full-tools build
 	$(GO) test -count=1 -timeout 20m ./internal/lab/e2e/clients
 
-# The evaluator of `perimeterd aws test` against @cloud-copilot/iam-simulate, which npm's registry has.
-test-iam: iam-tools
-	$(GO) run ./internal/lab/iamsim -cases 10000
-
 # The firewall's tests, and the path with the kernel's WireGuard, on the kernels of Debian 12 and 13, in emulated machines: 15 minutes, not part of `make test`.
 test-vm: vm-tools build
 	CGO_ENABLED=0 $(GO) test -c -o bin/firewall.test ./firewall
@@ -72,6 +68,10 @@ fuzz:
 			echo "$$pkg $$target"; $(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x $$pkg; \
 		done; \
 	done
+
+# The evaluator of `perimeterd aws test` against @cloud-copilot/iam-simulate, which npm's registry has.
+test-iam: iam-tools
+	$(GO) run ./internal/lab/iamsim -cases 10000
 
 bench:
 	$(GO) test -run '^$$' -bench . -benchmem $$($(UNIT))
