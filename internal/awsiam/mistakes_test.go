@@ -206,6 +206,7 @@ func TestReviewFindsTheMistakes(t *testing.T) {
 		want          State
 	}{
 		{"only AssumeRole is pinned", "elsewhere", Set{Identity: []File{of(policy(t, "bastion-user", nil))}}, Open},
+		{"a Deny of IPv4 alone", "elsewhere", Set{Identity: deny(`"IpAddress":{"aws:SourceIp":"0.0.0.0/0"},` + byIP)}, Open},
 		{"a Deny with IpAddress of the bad", "endpoint", Set{Identity: deny(`"Null":{"aws:SourceIp":"false"},` + byIP)}, Open},
 		{"AWS's own calls are denied", "by a service", Set{Identity: deny(byIP)}, Breaks},
 		{"another address", "at the egress", Set{Identity: deny(`"NotIpAddress":{"aws:SourceIp":"52.94.76.11/32"}`)}, Breaks},

@@ -40,11 +40,11 @@ func Parse(text []byte) (d Document, err error) {
 		switch v := top[key]; key {
 		case "Version":
 			if d.Version, ok = v.(string); !ok || d.Version != version && d.Version != "2008-10-17" {
-				return d, fmt.Errorf("Version %v: want %q", v, version)
+				return d, fmt.Errorf("element Version %v: want %q", v, version)
 			}
 		case "Id":
 			if d.ID, ok = v.(string); !ok {
-				return d, errors.New("Id is no text")
+				return d, errors.New("element Id is no text")
 			}
 		case "Statement":
 			list, many := v.([]any)
@@ -127,7 +127,7 @@ func parseStatement(v any) (s Statement, err error) {
 	}
 	if sid, there := o["Sid"]; there {
 		if s.Sid, ok = sid.(string); !ok {
-			return s, errors.New("Sid is no text")
+			return s, errors.New("element Sid is no text")
 		}
 	}
 	for _, key := range sorted(o) {
@@ -162,7 +162,7 @@ func parseStatement(v any) (s Statement, err error) {
 
 func (s Statement) check() error {
 	if s.Effect != "Allow" && s.Effect != "Deny" {
-		return fmt.Errorf("Effect %q: want Allow or Deny", s.Effect)
+		return fmt.Errorf("element Effect %q: want Allow or Deny", s.Effect)
 	}
 	if (s.Action == nil) == (s.NotAction == nil) {
 		return errors.New("want one of Action and NotAction")
@@ -188,7 +188,7 @@ func (s Statement) check() error {
 		return errors.New("want one of Principal and NotPrincipal")
 	}
 	if s.NotPrincipal != nil && s.Effect == "Allow" {
-		return errors.New("NotPrincipal with Allow lets everybody else in, anonymous strangers included: write the Principal")
+		return errors.New("element NotPrincipal with Allow lets everybody else in, anonymous strangers included: write the Principal")
 	}
 	return nil
 }

@@ -47,8 +47,8 @@ var everything = File{"another policy", Document{Version: version, Statement: []
 
 // Review says of each mistake whether the set makes it. Trust policies are reviewed by themselves.
 func (v Reviewer) Review(s Set) (all []Finding, err error) {
-	if len(v.Egress) == 0 {
-		return nil, fmt.Errorf("no egress address to review by: give it with --egress CIDR")
+	if _, err := checkEgress(v.Egress); err != nil {
+		return nil, err
 	}
 	for _, f := range s.Resource {
 		findings, err := v.trust(f)
@@ -124,15 +124,15 @@ func (v Reviewer) caller(principal string) Caller {
 	return Caller{Principal: principal, From: v.Egress[0].Addr(), Now: v.Now, Issued: v.Now.Add(-time.Minute), MFA: strings.Contains(principal, ":user/"), Set: v.Set, Unset: v.Unset}
 }
 
-// away is an address that is not the egress.
-func (v Reviewer) away() netip.Addr {
-	for _, s := range []string{"192.0.2.66", "198.51.100.66", "203.0.113.66"} {
+// away is addresses that are not the egress, at least one, by IPv4 if it can be.
+func (v Reviewer) away() (all []netip.Addr) {
+	for _, s := range []string{"192.0.2.66", "198.51.100.66", "203.0.113.66", "2001:db8::66", "2001:db8:ffff::66"} {
 		a := netip.MustParseAddr(s)
-		if !slices.ContainsFunc(v.Egress, func(p netip.Prefix) bool { return p.Contains(a) }) {
-			return a
+		if last := len(all) == 0 && s == "2001:db8:ffff::66"; last || !slices.ContainsFunc(v.Egress, func(p netip.Prefix) bool { return p.Contains(a) }) {
+			all = append(all, a)
 		}
 	}
-	return netip.MustParseAddr("192.0.2.66")
+	return all
 }
 
 // ask evaluates the probes until one has the unwanted answer.
@@ -166,17 +166,27 @@ func must(name string, s Set, probes []probe, allow bool, caller func(string) Ca
 	return Finding{name, state, text}, true, err
 }
 
-func (v Reviewer) elsewhere(s Set, own []probe) (Finding, bool, error) {
+func (v Reviewer) elsewhere(s Set, own []probe) (f Finding, asked bool, err error) {
 	probes := slices.Clone(own)
 	for _, p := range own {
 		probes = append(probes, probe{p.principal, someAction, "*"})
 	}
-	return must("elsewhere", s, probes, false, func(p string) Caller {
-		c := v.caller(p)
-		c.From = v.away()
-		return c
-	}, fmt.Sprintf("a stolen key or session used from %v", v.away()),
-		"nothing denies it. An Allow with IpAddress is undone by any other Allow, and one on sts:AssumeRole does not follow the session: add role-guard, user-guard or session-pin")
+	for _, from := range v.away() {
+		var g Finding
+		g, asked, err = must("elsewhere", s, probes, false, func(p string) Caller {
+			c := v.caller(p)
+			c.From = from
+			return c
+		}, fmt.Sprintf("a stolen key or session used from %v", from),
+			"nothing denies it. An Allow with IpAddress is undone by any other Allow, and one on sts:AssumeRole does not follow the session: add role-guard, user-guard or session-pin")
+		if f.Name == "" || g.State == Open {
+			f = g
+		}
+		if err != nil || f.State == Open {
+			break
+		}
+	}
+	return f, asked, err
 }
 
 func (v Reviewer) endpoint(s Set, own []probe) (Finding, bool, error) {
@@ -224,7 +234,7 @@ func (v Reviewer) atHome(s Set, own []probe) (Finding, bool, error) {
 func (v Reviewer) service(s Set, own []probe) (Finding, bool, error) {
 	return must("by a service", s, own, true, func(p string) Caller {
 		c := v.caller(p)
-		c.From, c.ViaService = v.away(), true
+		c.From, c.ViaService = v.away()[0], true
 		return c
 	}, "a call that AWS makes on the owner's behalf, from an address of its own", "it is denied: add BoolIfExists aws:ViaAWSService false to the Deny")
 }
@@ -235,7 +245,7 @@ func (v Reviewer) serviceRole(s Set, _ []probe) (Finding, bool, error) {
 	}
 	return must("service roles", s, []probe{{someAccount + "role/service-role/function", someAction, "*"}}, true, func(p string) Caller {
 		c := v.caller(p)
-		c.From = v.away()
+		c.From = v.away()[0]
 		return c
 	}, "a service's own role, which calls from addresses of AWS", "it is denied: limit the Deny to people by ArnLike aws:PrincipalArn")
 }
@@ -335,9 +345,9 @@ func (v Reviewer) trust(f File) (all []Finding, err error) {
 	}
 	add(must("elsewhere", s, callers, false, func(p string) Caller {
 		c := caller(p)
-		c.From = v.away()
+		c.From = v.away()[0]
 		return c
-	}, fmt.Sprintf("becoming the role from %v", v.away()), "it is allowed: add IpAddress aws:SourceIp"))
+	}, fmt.Sprintf("becoming the role from %v", v.away()[0]), "it is allowed: add IpAddress aws:SourceIp"))
 	users := slices.DeleteFunc(slices.Clone(callers), func(p probe) bool { return !strings.Contains(p.principal, ":user/") })
 	if len(users) > 0 {
 		add(must("without MFA", s, users, false, func(p string) Caller {
