@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -88,10 +89,13 @@ Kinds:
 
 // Egress is the addresses that a policy names: those given, else those of configured, which is not asked where kind names none.
 func Egress(kind string, given []string, configured func() ([]netip.Prefix, error)) ([]netip.Prefix, error) {
-	if len(given) > 0 {
+	nameless := kind != "" && !awsiam.Kinds().NeedEgress(kind)
+	switch {
+	case nameless && len(given) > 0 && slices.Contains(awsiam.Kinds().Names(), kind):
+		return nil, fmt.Errorf("--egress: %s names no address: leave it off", kind)
+	case len(given) > 0:
 		return awsiam.ParseEgress(given...)
-	}
-	if kind != "" && !awsiam.Kinds().NeedEgress(kind) {
+	case nameless:
 		return nil, nil
 	}
 	egress, err := configured()
