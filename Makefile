@@ -5,6 +5,7 @@
 # make test-attacks the built daemon attacked with scans, odd tokens and floods, three minutes; fails if one gains anything
 # make bench-sessions  5,000 sessions, revocations and crashes among many, three minutes; writes docs/benchmarks.md, fails if a promise is broken
 # make bench-limits   what the machine can do without us, half a minute; writes docs/benchmarks.md
+# make test-iam     our evaluator of IAM policies against an independent one from npm, 10,000 cases, half a minute
 # make soak         100,000 knocks at the running daemon, ten minutes; fails if anything grows
 
 SHELL := /bin/bash
@@ -13,14 +14,15 @@ GO ?= go
 
 DEMO_TOOLS := nft:nftables ip:iproute2 curl:curl nmap:nmap
 TEST_TOOLS := $(DEMO_TOOLS) gcc:gcc knock:knockd wg:wireguard-tools wireguard-go:wireguard-go setcap:libcap2-bin make-cadir:easy-rsa openssl:openssl strace:strace \
-	/lib/systemd/systemd-journal-remote:systemd-journal-remote jc:jc
+	/lib/systemd/systemd-journal-remote:systemd-journal-remote jc:jc jq:jq
 FULL_TOOLS := $(TEST_TOOLS) chromium:chromium certutil:libnss3-tools /usr/bin/aws:awscli node:nodejs npm:npm calamaris:calamaris
 PEER_TOOLS := nft:nftables ip:iproute2 iptables:iptables ipset:ipset knockd:knockd fwknopd:fwknop-server fwknop:fwknop-client
 SOAK_TOOLS := nft:nftables ip:iproute2
+IAM_TOOLS := node:nodejs npm:npm
 VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod
 UNIT := $(GO) list ./... | grep -v internal/lab/e2e
 
-.PHONY: build demo test lint unit e2e test-attacks test-full test-vm fuzz bench bench-door bench-sessions bench-limits soak clean demo-tools test-tools full-tools vm-tools peer-tools soak-tools
+.PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-door bench-sessions bench-limits soak clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools soak-tools
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
@@ -67,6 +69,10 @@ fuzz:
 		done; \
 	done
 
+# The evaluator of `perimeterd aws test` against @cloud-copilot/iam-simulate, which npm's registry has.
+test-iam: iam-tools
+	$(GO) run ./internal/lab/iamsim -cases 10000
+
 bench:
 	$(GO) test -run '^$$' -bench . -benchmem $$($(UNIT))
 
@@ -109,6 +115,9 @@ test-tools:
 
 full-tools:
 	$(call install,$(FULL_TOOLS))
+
+iam-tools:
+	$(call install,$(IAM_TOOLS))
 
 vm-tools:
 	$(call install,$(VM_TOOLS))

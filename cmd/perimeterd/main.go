@@ -79,7 +79,7 @@ Exit status: 0 done, 1 failed, 2 the command line or the configuration is wrong.
 	root.AddCommand(newInitCommand(), newCheckCommand(), newRunCommand(), newUserCommand(),
 		newStatusCommand(), newSessionsCommand(), newKickCommand(), newWatchCommand(),
 		newDiffCommand(), newApplyCommand(), newConfirmCommand(), newRollbackCommand())
-	root.AddCommand(newSignerCommand(), newCACommand(), newAuditCommand(), newEventsCommand(), newWhyCommand(), newDecideCommand())
+	root.AddCommand(newSignerCommand(), newCACommand(), newAuditCommand(), newEventsCommand(), newWhyCommand(), newDecideCommand(), newAWSCommand())
 	return root
 }
 
