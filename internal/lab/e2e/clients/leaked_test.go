@@ -35,21 +35,21 @@ func (s *stage) aws(at *lab.Namespace, k key, args ...string) *lab.Cmd {
 	return c
 }
 
-// throughTunnel is the same in the environment that `vpn env` makes.
-func (s *stage) throughTunnel(k key, args ...string) *lab.Cmd {
+// throughTunnel is the same in the environment that `vpn env` printed.
+func (s *stage) throughTunnel(env string, k key, args ...string) *lab.Cmd {
 	s.t.Helper()
 	c := s.aws(s.Client, k, args...)
-	for line := range strings.Lines(s.run(s.alice.VPN(s.ctx, "env"))) {
+	for line := range strings.Lines(env) {
 		c.Env = append(c.Env, strings.ReplaceAll(strings.TrimPrefix(strings.TrimSpace(line), "export "), "'", ""))
 	}
 	return c
 }
 
-// denied is for what AWS's own answer must refuse.
+// denied is for what AWS's own answer must refuse. Ceph's 403 has no words: the CLI calls it Unknown, and trips over that of a list.
 func (s *stage) denied(what string, c *lab.Cmd) {
 	s.t.Helper()
 	out, err := c.CombinedOutput()
-	if err == nil || !bytes.Contains(out, []byte("AccessDenied")) && !bytes.Contains(out, []byte("NoneType")) { // Ceph's 403 of a list has no body
+	if err == nil || !bytes.Contains(out, []byte("AccessDenied")) && !bytes.Contains(out, []byte("(Unknown)")) && !bytes.Contains(out, []byte("NoneType")) {
 		s.t.Errorf("%s was not denied: %v\n%s", what, err, out)
 	}
 }
@@ -142,7 +142,9 @@ func (s *stage) user(name string, policies ...string) (k key) {
 	for i, p := range policies {
 		s.run(s.aws(s.Cloud, root, "iam", "put-user-policy", "--user-name", name, "--policy-name", fmt.Sprint("p", i), "--policy-document", policyFile(s.t, p)))
 	}
-	var made struct{ AccessKey struct{ AccessKeyID, SecretAccessKey string } }
+	var made struct {
+		AccessKey struct{ AccessKeyID, SecretAccessKey string }
+	}
 	if err := json.Unmarshal([]byte(s.run(s.aws(s.Cloud, root, "iam", "create-access-key", "--user-name", name))), &made); err != nil {
 		s.t.Fatal(err)
 	}
@@ -156,17 +158,17 @@ func TestALeakedKeyIsWorthNothingElsewhere(t *testing.T) {
 	guard := fmt.Sprintf(`{"Version":"2012-10-17","Statement":[{"Effect":"Deny","Action":"*","Resource":"*","Condition":{
 		"NotIpAddressIfExists":{"aws:SourceIp":["%v/32"]},"BoolIfExists":{"aws:ViaAWSService":"false"}}}]}`, s.Egress)
 	guarded, bare := s.user("alice", everythingInS3, guard), s.user("bob", everythingInS3)
-	list := []string{"s3", "ls", "s3://ledger"}
+	list, env := []string{"s3", "ls", "s3://ledger"}, s.run(s.alice.VPN(s.ctx, "env"))
 
-	s.run(s.throughTunnel(guarded, list...))
-	s.run(s.throughTunnel(guarded, "s3api", "put-object", "--bucket", "ledger", "--key", "a"))
+	s.run(s.throughTunnel(env, guarded, list...))
+	s.run(s.throughTunnel(env, guarded, "s3api", "put-object", "--bucket", "ledger", "--key", "a"))
 	s.denied("a leaked key, used directly", s.aws(s.Client, guarded, list...))
 	s.denied("a leaked key, used on the bastion, at another address than the egress", s.aws(s.Bastion, guarded, list...))
 	s.denied("a leaked key, used to write", s.aws(s.Client, guarded, "s3api", "put-object", "--bucket", "ledger", "--key", "b"))
 	s.run(s.aws(s.Client, bare, list...)) // it is the guard that denies: a key without one works there
 
 	// Programs that are told to pass the proxy by for AWS show themselves to AWS.
-	astray := s.throughTunnel(guarded, list...)
+	astray := s.throughTunnel(env, guarded, list...)
 	astray.Env = append(astray.Env, "NO_PROXY=.amazonaws.com", "no_proxy=.amazonaws.com")
 	s.denied("a NO_PROXY with AWS in it", astray)
 
