@@ -5,9 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/netip"
-	"strings"
 	"time"
+
+	"perimeterd/internal/awsiam"
 )
 
 // Tunnel is the way to AWS.
@@ -31,11 +31,9 @@ type Helper struct {
 }
 
 const (
-	lockPatience  = 5 * time.Minute // while another process asks a person
-	maxPolicy     = 2048            // AWS's limit of a session policy, characters
-	baseDuration  = 12 * time.Hour  // of what an MFA code is good for
-	askPatience   = 30 * time.Second
-	maxIdentities = 50 // CIDRs in a pin
+	lockPatience = 5 * time.Minute // while another process asks a person
+	baseDuration = 12 * time.Hour  // of what an MFA code is good for
+	askPatience  = 30 * time.Second
 )
 
 // Credentials are the role's, good for five minutes at least: kept ones, or new.
@@ -168,26 +166,18 @@ func parseProcess(text []byte) (Credentials, error) {
 // Process is the session as a credential_process prints it.
 func (c Credentials) Process() ([]byte, error) { return json.Marshal(process{1, c}) }
 
-// pin is the session's own policy, "" without one: everything the role may, from the egress only, and no onward session, which
-// would carry no pin. A condition whose key is missing holds: a call that AWS makes on the session's behalf says so.
+// pin is the session's own policy, "" without one.
 func (h *Helper) pin() (string, error) {
 	if h.NoPin {
 		return "", nil
 	}
-	if len(h.Egress) == 0 || len(h.Egress) > maxIdentities {
-		return "", fmt.Errorf("the tunnel's profile names %d egress addresses to pin the session to: ask the operator for a new profile", len(h.Egress))
+	egress, err := awsiam.ParseEgress(h.Egress...)
+	policy := ""
+	if err == nil {
+		policy, err = awsiam.SessionPin(egress)
 	}
-	for _, e := range h.Egress {
-		if p, err := netip.ParsePrefix(e); err != nil || p.Bits() == 0 {
-			return "", fmt.Errorf("egress %q in the tunnel's profile: want an address's CIDR: ask the operator for a new profile", e)
-		}
-	}
-	policy := `{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"*","Resource":"*"},` +
-		`{"Effect":"Deny","Action":"*","Resource":"*","Condition":{"NotIpAddress":{"aws:SourceIp":["` + strings.Join(h.Egress, `","`) + `"]},` +
-		`"BoolIfExists":{"aws:ViaAWSService":"false"}}},` +
-		`{"Effect":"Deny","Action":["sts:AssumeRole*","sts:Get*ionToken"],"Resource":"*"}]}` // GetFederationToken and GetSessionToken
-	if len(policy) > maxPolicy {
-		return "", fmt.Errorf("%d egress addresses make a session policy of %d characters, and AWS takes %d", len(h.Egress), len(policy), maxPolicy)
+	if err != nil {
+		return "", fmt.Errorf("the session's pin, from the tunnel's profile: %w: or ask the operator for a new profile", err)
 	}
 	return policy, nil
 }
