@@ -59,29 +59,34 @@ func askTerminal(ctx context.Context, prompt string) (string, error) {
 	if err != nil {
 		return "", errNoTerminal
 	}
+	defer in.Close()
+	defer out.Close()
 	fd := int(in.Fd())
-	state, err := term.GetState(fd)
+	state, err := term.MakeRaw(fd) // before the question: who answers fast shall not see it either
 	if err != nil {
 		return "", errNoTerminal
 	}
-	if _, err := io.WriteString(out, prompt); err != nil {
-		return "", errNoTerminal
-	}
+	defer term.Restore(fd, state)
 	type answer struct {
-		text []byte
+		text string
 		err  error
 	}
 	got := make(chan answer, 1)
 	go func() { // it stays in its read, where ctx ends first
-		text, err := term.ReadPassword(fd)
+		text, err := term.NewTerminal(struct {
+			io.Reader
+			io.Writer
+		}{in, out}, "").ReadPassword(prompt)
+		if err == io.EOF {
+			err = errors.New("interrupted")
+		}
 		got <- answer{text, err}
 	}()
-	defer io.WriteString(out, "\n")
 	select {
 	case a := <-got:
-		return string(a.text), a.err
+		return a.text, a.err
 	case <-ctx.Done():
-		term.Restore(fd, state)
+		io.WriteString(out, "\r\n")
 		return "", context.Cause(ctx)
 	}
 }

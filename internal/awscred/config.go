@@ -257,15 +257,8 @@ func (c *Config) Save() error {
 
 // CheckName refuses what would not be one profile's name, one word of a shell and one file's name.
 func CheckName(profile string) error {
-	for i := range len(profile) {
-		c := profile[i] | 0x20 // lower case
-		if !('a' <= c && c <= 'z' || '0' <= profile[i] && profile[i] <= '9' || strings.IndexByte("_@+", profile[i]) >= 0 ||
-			i > 0 && strings.IndexByte(".-", profile[i]) >= 0) {
-			return fmt.Errorf("AWS profile %q: want letters, digits and . _ @ + -, not beginning with . or -", profile)
-		}
-	}
-	if len(profile) == 0 || len(profile) > 64 {
-		return fmt.Errorf("AWS profile %q: want 1 to 64 letters", profile)
+	if !word(profile, 1, 64, "_@+.-") || profile[0] == '.' || profile[0] == '-' {
+		return fmt.Errorf("AWS profile %q: want 1 to 64 letters, digits and . _ @ + -, not beginning with . or -", profile)
 	}
 	return nil
 }

@@ -5,7 +5,10 @@ import (
 	"os"
 	"regexp"
 	"strconv"
+	"strings"
 	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws/arn"
 )
 
 // Role is what a profile says of the role that it assumes, in the keys that the AWS CLI reads there, and mfa_process.
@@ -23,12 +26,23 @@ type Role struct {
 
 const defaultDuration = time.Hour
 
-var (
-	roleARN   = regexp.MustCompile(`^arn:[a-z-]{1,20}:iam::[0-9]{0,12}:role/[\w+=,.@/-]{1,512}$`)
-	mfaSerial = regexp.MustCompile(`^[\w+=/:,.@-]{9,256}$`)
-	region    = regexp.MustCompile(`^[a-z]{2}(-[a-z]{1,12}){1,3}-[0-9]{1,2}$`)
-	sessionID = regexp.MustCompile(`^[\w+=,.@-]{2,64}$`)
-)
+// word says whether s has from min to max letters, digits and characters of more.
+func word(s string, min, max int, more string) bool {
+	for i := range len(s) {
+		c := s[i] | 0x20 // lower case
+		if !('a' <= c && c <= 'z' || '0' <= s[i] && s[i] <= '9' || strings.IndexByte(more, s[i]) >= 0) {
+			return false
+		}
+	}
+	return min <= len(s) && len(s) <= max
+}
+
+func isRole(s string) bool {
+	a, err := arn.Parse(s)
+	return err == nil && a.Service == "iam" && a.Region == "" && strings.HasPrefix(a.Resource, "role/") && word(s, 20, 2048, ":/_+=,.@-")
+}
+
+func isSessionName(s string) bool { return word(s, 2, 64, "_+=,.@-") }
 
 // Role reads the profile's role.
 func (c *Config) Role(profile string) (Role, error) {
@@ -52,18 +66,21 @@ func (c *Config) Role(profile string) (Role, error) {
 		}
 	}
 	switch {
-	case !roleARN.MatchString(r.ARN):
+	case !isRole(r.ARN):
 		return bad("role_arn", "a role, as in arn:aws:iam::123456789012:role/Admin")
 	case r.Source == "" || r.Source == profile:
 		return bad("source_profile", "another profile, that has your keys or a credential_process: vpn aws configure "+profile+" --source-process COMMAND makes one")
-	case r.MFASerial != "" && !mfaSerial.MatchString(r.MFASerial):
+	case r.MFASerial != "" && !word(r.MFASerial, 9, 256, "_+=/:,.@-"):
 		return bad("mfa_serial", "a device, as in arn:aws:iam::123456789012:mfa/alice")
-	case r.SessionName != "" && !sessionID.MatchString(r.SessionName):
+	case r.SessionName != "" && !isSessionName(r.SessionName):
 		return bad("role_session_name", "2 to 64 letters, digits and _ + = , . @ -")
 	case len(r.ExternalID) > 1224:
 		return bad("external_id", "at most 1,224 letters")
-	case !region.MatchString(r.Region):
+	case !word(r.Region, 8, 32, "-"):
 		return Role{}, fmt.Errorf("%s, profile %q: region = %q: want the region whose STS to ask, as in eu-central-1", c.File, profile, r.Region)
+	}
+	if _, err := r.endpoint(); err != nil {
+		return Role{}, fmt.Errorf("%s, profile %q: %w", c.File, profile, err)
 	}
 	if s := p["duration_seconds"]; s != "" {
 		n, err := strconv.Atoi(s)
@@ -94,12 +111,18 @@ func (c *Config) base(r Role) (Credentials, string, error) {
 	return Credentials{}, "", fmt.Errorf("source_profile %q has neither keys nor a credential_process, in %s and %s%s", r.Source, c.File, c.KeyFile, hint)
 }
 
-// helperCall is what a credential_process of ours ends with.
-var helperCall = regexp.MustCompile(`vpn(\.exe)?"?( "?--profile=[^"]+"?)? aws credentials( --no-[a-z-]+)* (\S+)$`)
+// helps is the profile whose sessions a credential_process of ours gives; "" if it is another's.
+func helps(process string) string {
+	m := regexp.MustCompile(`(?:^|[/\\" ])vpn(?:\.exe)?"?(?: "?--profile=[^"]+"?)? aws credentials(?: --no-[a-z-]+)* (\S+)$`).FindStringSubmatch(process)
+	if m == nil {
+		return ""
+	}
+	return m[1]
+}
 
 // IsHelper says whether the profile's credential_process is `vpn aws credentials`.
 func (c *Config) IsHelper(profile string) bool {
-	return helperCall.MatchString(c.Profiles[profile]["credential_process"])
+	return helps(c.Profiles[profile]["credential_process"]) != ""
 }
 
 // Through finds the profile for AWS tools that gets its credentials from `vpn aws credentials`: the profile itself, the one that
@@ -120,7 +143,7 @@ func (c *Config) Through(profile string) (string, error) {
 	}
 	found := ""
 	for name, other := range c.Profiles {
-		if m := helperCall.FindStringSubmatch(other["credential_process"]); m != nil && m[4] == profile && (found == "" || name < found) {
+		if helps(other["credential_process"]) == profile && (found == "" || name < found) {
 			found = name
 		}
 	}

@@ -33,7 +33,6 @@ type Helper struct {
 const (
 	lockPatience = 5 * time.Minute // while another process asks a person
 	baseDuration = 12 * time.Hour  // of what an MFA code is good for
-	askPatience  = 30 * time.Second
 )
 
 // Credentials are the role's, good for five minutes at least: kept ones, or new.
@@ -50,7 +49,7 @@ func (h *Helper) Credentials(ctx context.Context) (Credentials, error) {
 	if h.Role.SessionName != "" {
 		name = h.Role.SessionName
 	}
-	if !sessionID.MatchString(name) || identity != "" && !sessionID.MatchString(identity) {
+	if !isSessionName(name) || identity != "" && !isSessionName(identity) {
 		return Credentials{}, fmt.Errorf("session name %q: AWS wants 2 to 64 letters, digits and _ + = , . @ -: set role_session_name, and --no-source-identity", name)
 	}
 	ask := assumption{h.Role, policy, identity, name}
@@ -67,7 +66,7 @@ func (h *Helper) Credentials(ctx context.Context) (Credentials, error) {
 		if err != nil {
 			return Credentials{}, err
 		}
-		s, err := assumeRole(ctx, tunnel.Proxy, base, ask)
+		s, err := h.assumeRole(ctx, tunnel.Proxy, base, ask)
 		if isStale(err) {
 			forget()
 		}
@@ -126,7 +125,7 @@ func (h *Helper) base(ctx context.Context, tunnel Tunnel) (base Credentials, for
 		if err != nil {
 			return Credentials{}, err
 		}
-		return getSessionToken(ctx, tunnel.Proxy, keys, h.Role.Region, h.Role.MFASerial, code)
+		return h.getSessionToken(ctx, tunnel.Proxy, keys, code)
 	})
 	return base, func() { h.Cache.drop(name) }, err
 }

@@ -151,12 +151,25 @@ func (s *stage) user(name string, policies ...string) (k key) {
 	return key{AccessKeyID: made.AccessKey.AccessKeyID, SecretAccessKey: made.AccessKey.SecretAccessKey}
 }
 
+// printed is a policy as the operator's command prints it.
+func (s *stage) printed(kind string) string {
+	s.t.Helper()
+	bin, err := lab.Bin("perimeterd")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	out, err := s.Bastion.Command(s.ctx, bin, "aws", "policy", kind, "--egress", netip.PrefixFrom(s.Egress, 32).String()).Output()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return string(out)
+}
+
 // The promise of it all, with AWS's own command line, and IAM and S3 as versitygw has them.
 func TestALeakedKeyIsWorthNothingElsewhere(t *testing.T) {
 	s := newCloud(t)
 	s.versitygw()
-	guard := fmt.Sprintf(`{"Version":"2012-10-17","Statement":[{"Effect":"Deny","Action":"*","Resource":"*","Condition":{
-		"NotIpAddressIfExists":{"aws:SourceIp":["%v/32"]},"BoolIfExists":{"aws:ViaAWSService":"false"}}}]}`, s.Egress)
+	guard := s.printed("user-guard")
 	guarded, bare := s.user("alice", everythingInS3, guard), s.user("bob", everythingInS3)
 	list, env := []string{"s3", "ls", "s3://ledger"}, s.run(s.alice.VPN(s.ctx, "env"))
 
