@@ -29,7 +29,7 @@ func awsConfigureCommand(profile *string) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			config, err := awscred.ReadConfig()
+			config, err := awscred.ReadConfig(os.Environ())
 			if err != nil {
 				return err
 			}

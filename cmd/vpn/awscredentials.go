@@ -60,7 +60,7 @@ func awsSessionFlags(c *cobra.Command, noPin, noIdentity *bool) {
 }
 
 func awsHelper(p *client.Profile, profile string) (*awscred.Helper, error) {
-	config, err := awscred.ReadConfig()
+	config, err := awscred.ReadConfig(os.Environ())
 	if err != nil {
 		return nil, err
 	}
@@ -107,7 +107,7 @@ func useAWSProfile(profile string) error {
 	if profile == "" {
 		return nil
 	}
-	config, err := awscred.ReadConfig()
+	config, err := awscred.ReadConfig(os.Environ())
 	if err != nil {
 		return err
 	}

@@ -101,6 +101,11 @@ func (c *Cache) lock(ctx context.Context, name string) (unlock func(), err error
 	case r := <-got:
 		return r.unlock, r.err
 	case <-ctx.Done():
+		go func() {
+			if r := <-got; r.err == nil {
+				r.unlock()
+			}
+		}()
 		return nil, fmt.Errorf("another process is still asking for this session: %w", context.Cause(ctx))
 	}
 }

@@ -145,11 +145,8 @@ var credentialVariables = []string{
 // CredentialVariables are the variables of an environment that win over a profile's credentials, or choose another profile.
 func CredentialVariables(environ []string) (names []string) {
 	for _, name := range credentialVariables {
-		for _, e := range environ {
-			if n, value, _ := strings.Cut(e, "="); n == name && value != "" {
-				names = append(names, name)
-				break
-			}
+		if variable(environ, name) != "" {
+			names = append(names, name)
 		}
 	}
 	return names

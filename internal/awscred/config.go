@@ -26,12 +26,16 @@ type Config struct {
 	KeyFile  string             // ~/.aws/credentials
 	Keys     map[string]Profile // of KeyFile
 
+	region     string // of the environment
 	read, text []byte // File, as it was read and as Save writes it
 }
 
-// ReadConfig reads both files, from where the AWS tools take them: a file that is not there has no profiles.
-func ReadConfig() (*Config, error) {
-	c := &Config{File: os.Getenv("AWS_CONFIG_FILE"), KeyFile: os.Getenv("AWS_SHARED_CREDENTIALS_FILE")}
+// ReadConfig reads both files, from where the AWS tools take them in an environment: a file that is not there has no profiles.
+func ReadConfig(environ []string) (*Config, error) {
+	c := &Config{File: variable(environ, "AWS_CONFIG_FILE"), KeyFile: variable(environ, "AWS_SHARED_CREDENTIALS_FILE")}
+	if c.region = variable(environ, "AWS_REGION"); c.region == "" {
+		c.region = variable(environ, "AWS_DEFAULT_REGION")
+	}
 	if c.File == "" || c.KeyFile == "" {
 		home, err := os.UserHomeDir()
 		if err != nil {
@@ -60,6 +64,16 @@ func ReadConfig() (*Config, error) {
 		return nil, fmt.Errorf("%s: %w", c.KeyFile, err)
 	}
 	return c, nil
+}
+
+// variable is an environment's; "" if it is not set.
+func variable(environ []string, name string) (value string) {
+	for _, e := range environ { // the last one counts
+		if n, v, ok := strings.Cut(e, "="); ok && n == name {
+			value = v
+		}
+	}
+	return value
 }
 
 // readFile reads a file whole; one that does not exist is empty.

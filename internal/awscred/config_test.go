@@ -68,7 +68,7 @@ func files(t *testing.T, config, keys string) *Config {
 	if err := os.WriteFile(filepath.Join(dir, "credentials"), []byte(keys), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	c, err := ReadConfig()
+	c, err := ReadConfig(os.Environ())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,7 +124,7 @@ func TestSavingMakesTheFile(t *testing.T) {
 	if err := c.Save(); err != nil {
 		t.Fatal(err)
 	}
-	if again, err := ReadConfig(); err != nil || again.Profiles["a"]["region"] != "eu-west-1" {
+	if again, err := ReadConfig(os.Environ()); err != nil || again.Profiles["a"]["region"] != "eu-west-1" {
 		t.Errorf("%+v %v", again, err)
 	}
 }

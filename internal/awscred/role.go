@@ -2,7 +2,6 @@ package awscred
 
 import (
 	"fmt"
-	"os"
 	"regexp"
 	"strconv"
 	"strings"
@@ -60,7 +59,7 @@ func (c *Config) Role(profile string) (Role, error) {
 	bad := func(key, want string) (Role, error) {
 		return Role{}, fmt.Errorf("%s, profile %q: %s = %q: want %s", c.File, profile, key, p[key], want)
 	}
-	for _, of := range []string{p["region"], c.Profiles[r.Source]["region"], os.Getenv("AWS_REGION"), os.Getenv("AWS_DEFAULT_REGION")} {
+	for _, of := range []string{p["region"], c.Profiles[r.Source]["region"], c.region} {
 		if r.Region == "" {
 			r.Region = of
 		}
