@@ -118,5 +118,6 @@ func useAWSProfile(profile string) error {
 	for _, name := range awscred.CredentialVariables(os.Environ()) {
 		os.Unsetenv(name)
 	}
+	os.Setenv("AWS_SDK_LOAD_CONFIG", "1") // or older SDKs pass over credential_process
 	return os.Setenv("AWS_PROFILE", through)
 }

@@ -109,8 +109,9 @@ func (p *person) forget(which string) {
 	}
 }
 
-// atTerminal runs a command at a terminal of its own and answers its question.
-func (s *stage) atTerminal(c *lab.Cmd, question, answer string) string {
+// atTerminal runs a command at a terminal of its own and answers its question. It returns all that was shown, how the command
+// ended, and whether the terminal shows what is typed afterwards.
+func (s *stage) atTerminal(c *lab.Cmd, question, answer string) (screen string, ended error, echo bool) {
 	s.t.Helper()
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
@@ -135,19 +136,22 @@ func (s *stage) atTerminal(c *lab.Cmd, question, answer string) string {
 	}
 	c.Stdin, c.Stdout, c.Stderr = tty, tty, tty
 	c.SysProcAttr.Setpgid, c.SysProcAttr.Setsid, c.SysProcAttr.Setctty = false, true, true
-	err = c.Start()
-	tty.Close()
-	if err != nil {
+	if err := c.Start(); err != nil {
 		s.t.Fatal(err)
 	}
-	var screen bytes.Buffer
+	done := make(chan error, 1)
+	go func() {
+		done <- c.Wait()
+		mode, err := unix.IoctlGetTermios(int(tty.Fd()), unix.TCGETS)
+		echo = err == nil && mode.Lflag&unix.ECHO != 0
+		tty.Close() // the last one: reading ends
+	}()
 	asked := false
 	for buf := make([]byte, 4096); ; {
-		n, err := master.Read(buf) // fails when nobody has the terminal any more
-		screen.Write(buf[:n])
-		if !asked && strings.Contains(screen.String(), question) {
+		n, err := master.Read(buf)
+		if screen += string(buf[:n]); !asked && strings.Contains(screen, question) {
 			asked = true
-			if _, err := master.WriteString(answer + "\n"); err != nil {
+			if _, err := master.WriteString(answer); err != nil {
 				s.t.Fatal(err)
 			}
 		}
@@ -155,10 +159,10 @@ func (s *stage) atTerminal(c *lab.Cmd, question, answer string) string {
 			break
 		}
 	}
-	if err := c.Wait(); err != nil || !asked {
-		s.t.Fatalf("%s: %v, asked %t\n%s", strings.Join(c.Args, " "), err, asked, screen.String())
+	if ended = <-done; !asked {
+		s.t.Fatalf("%s: %v, and did not ask\n%s", strings.Join(c.Args, " "), ended, screen)
 	}
-	return screen.String()
+	return screen, ended, echo
 }
 
 // A person with MFA, from the first configuration to a stolen session: the packaged AWS command line, and STS, IAM and S3 as Ceph has
@@ -200,9 +204,13 @@ func TestRoleSessionsArePinned(t *testing.T) {
 		c.Env = append(c.Env, "AWS_ACCESS_KEY_ID=AKIAINHERITED0000000", "AWS_SECRET_ACCESS_KEY=inherited", "AWS_SESSION_TOKEN=inherited")
 		return c
 	}
+	question := "MFA code for " + mfa
+	if screen, err, echo := s.atTerminal(list(), question, "\x03"); err == nil || !strings.Contains(screen, "MFA code: interrupted") || !echo {
+		t.Errorf("interrupted: %v, echo %t: %s", err, echo, screen)
+	}
 	start := time.Now()
-	if screen := s.atTerminal(list(), "MFA code for "+mfa, "654321"); !strings.Contains(screen, "ledger") || strings.Contains(screen, "654321") {
-		t.Errorf("the screen: %s", screen)
+	if screen, err, echo := s.atTerminal(list(), question, "654321\r"); err != nil || !strings.Contains(screen, "ledger") || strings.Contains(screen, "654321") || !echo {
+		t.Errorf("answered: %v, echo %t: %s", err, echo, screen)
 	}
 	first := time.Since(start)
 	start = time.Now()
