@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -90,7 +91,10 @@ func awsTunnel(ctx context.Context, p *client.Profile) (t awscred.Tunnel, err er
 	if err != nil {
 		return t, err
 	}
-	if !s.Proxy.IsValid() {
+	switch {
+	case s.State == client.Refused:
+		return t, errors.New(s.Problem)
+	case !s.Proxy.IsValid():
 		return t, client.ErrDown
 	}
 	t.Env = client.Environment(s)

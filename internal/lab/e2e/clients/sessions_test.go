@@ -141,10 +141,11 @@ func (s *stage) atTerminal(c *lab.Cmd, question, answer string) (screen string, 
 	}
 	done := make(chan error, 1)
 	go func() {
-		done <- c.Wait()
+		ended := c.Wait()
 		mode, err := unix.IoctlGetTermios(int(tty.Fd()), unix.TCGETS)
 		echo = err == nil && mode.Lflag&unix.ECHO != 0
 		tty.Close() // the last one: reading ends
+		done <- ended
 	}()
 	asked := false
 	for buf := make([]byte, 4096); ; {
