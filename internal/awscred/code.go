@@ -1,7 +1,6 @@
 package awscred
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -22,7 +21,7 @@ const (
 
 var errNoTerminal = errors.New("no terminal to ask at")
 
-// Code asks for the MFA code: the role's mfa_process, or the person at the terminal, never standard input, which may be data.
+// code asks for the MFA code: the role's mfa_process, or the person at the terminal, never standard input, which may be data.
 func (h *Helper) code(ctx context.Context, env []string) (string, error) {
 	r := h.Role
 	if r.MFAProcess != "" {
@@ -107,30 +106,31 @@ func (h *Helper) run(ctx context.Context, key, command string, env []string) ([]
 	switch {
 	case ctx.Err() != nil:
 		err = context.Cause(ctx)
-	case err == nil && out.over:
-		err = fmt.Errorf("it prints over %d bytes", maxOutput)
+	case out.over:
+		err = errTooMuch // which ended it
 	case errors.As(err, &exit):
 		err = fmt.Errorf("it failed: %w", err)
 	}
 	if err != nil { // not what it printed: that may be half a secret
 		return nil, fmt.Errorf("%s of profile %q: %w", key, h.Role.Profile, err)
 	}
-	return out.Bytes(), nil
+	return out.b, nil
 }
 
-// limited keeps the beginning of what is written.
+var errTooMuch = fmt.Errorf("it prints over %d bytes", maxOutput)
+
+// limited takes so much, and no more.
 type limited struct {
-	bytes.Buffer
+	b    []byte
 	over bool
 }
 
 func (l *limited) Write(b []byte) (int, error) {
-	if room := maxOutput - l.Len(); room < len(b) {
+	if len(l.b)+len(b) > maxOutput {
 		l.over = true
-		l.Buffer.Write(b[:room])
-	} else {
-		l.Buffer.Write(b)
+		return 0, errTooMuch
 	}
+	l.b = append(l.b, b...)
 	return len(b), nil
 }
 

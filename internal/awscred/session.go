@@ -2,6 +2,7 @@ package awscred
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,9 +13,8 @@ import (
 
 // Tunnel is the way to AWS.
 type Tunnel struct {
-	Proxy  string   // URL
-	Env    []string // of commands that shall go the same way
-	Egress []string // CIDRs that AWS sees
+	Proxy string   // URL
+	Env   []string // of commands that shall go the same way
 }
 
 // Helper gets one role's sessions.
@@ -107,11 +107,11 @@ func (h *Helper) base(ctx context.Context, tunnel Tunnel) (base Credentials, for
 		base, err = h.longLived(ctx, tunnel)
 		return base, forget, err
 	}
-	name := "mfa-" + h.Role.Source
-	request, err := json.Marshal([]string{h.Role.Source, h.Role.MFASerial, h.Role.Region})
+	request, err := json.Marshal([]string{h.Role.Source, h.Role.MFASerial})
 	if err != nil {
 		return base, forget, err
 	}
+	name := fmt.Sprintf("mfa-%.8x", sha256.Sum256(request)) // a source may have any name
 	base, err = h.kept(ctx, name, request, func(ctx context.Context) (Credentials, error) {
 		keys, err := h.longLived(ctx, tunnel)
 		if err != nil {

@@ -249,16 +249,16 @@ func TestCommandsAreBoundedAndTheirSecretsUnshown(t *testing.T) {
 		`echo SECRET; exit 3`: "exit status 3",
 		`echo SECRET`:         "it printed no credentials",
 		`echo '{"Version":2,"AccessKeyId":"AKIA","SecretAccessKey":"SECRET"}'`: "it printed no credentials",
-		`yes SECRET`: "",
+		`yes SECRET`:     "it prints over 65536 bytes",
+		`exec sleep 600`: "enough",
 		`test -z "$AWS_PROFILE$AWS_SECRET_ACCESS_KEY" && test "$HTTPS_PROXY" = http://p:1 && echo '{"Version":1,"AccessKeyId":"AKIA","SecretAccessKey":"s"}'`: "",
 	} {
 		if err := c.Set("bastion", Setting{"credential_process", command}); err != nil {
 			t.Fatal(err)
 		}
 		ctx, cancel := context.WithCancelCause(t.Context())
-		if command == "yes SECRET" {
-			time.AfterFunc(200*time.Millisecond, func() { cancel(errors.New("enough")) })
-			want = "enough"
+		if want == "enough" {
+			time.AfterFunc(200*time.Millisecond, func() { cancel(errors.New(want)) })
 		}
 		keys, err := h.longLived(ctx, Tunnel{Env: []string{"HTTPS_PROXY=http://p:1"}})
 		cancel(nil)
