@@ -15,7 +15,7 @@ GO ?= go
 DEMO_TOOLS := nft:nftables ip:iproute2 curl:curl nmap:nmap
 TEST_TOOLS := $(DEMO_TOOLS) gcc:gcc knock:knockd wg:wireguard-tools wireguard-go:wireguard-go setcap:libcap2-bin make-cadir:easy-rsa openssl:openssl strace:strace \
 	/lib/systemd/systemd-journal-remote:systemd-journal-remote jc:jc jq:jq
-FULL_TOOLS := $(TEST_TOOLS) chromium:chromium certutil:libnss3-tools /usr/bin/aws:awscli node:nodejs npm:npm calamaris:calamaris
+FULL_TOOLS := $(TEST_TOOLS) chromium:chromium certutil:libnss3-tools /usr/bin/aws:awscli node:nodejs npm:npm calamaris:calamaris radosgw:radosgw ceph-mon:ceph-mon ceph-osd:ceph-osd
 PEER_TOOLS := nft:nftables ip:iproute2 iptables:iptables ipset:ipset knockd:knockd fwknopd:fwknop-server fwknop:fwknop-client
 SOAK_TOOLS := nft:nftables ip:iproute2
 IAM_TOOLS := node:nodejs npm:npm
@@ -50,9 +50,13 @@ e2e: build
 test-attacks: test-tools build
 	$(GO) run ./internal/lab/attacks
 
-# The programs that people use, against the built binaries: Chromium, the AWS CLI, curl, Go, Python, Node, npm.
-test-full: full-tools build
+# The programs that people use, against the built binaries: Chromium, the AWS CLI, curl, Go, Python, Node, npm; AWS's side of them
+# is versitygw, built once (two minutes), and Ceph's gateway.
+test-full: full-tools build bin/versitygw
 	$(GO) test -count=1 -timeout 20m ./internal/lab/e2e/clients
+
+bin/versitygw:
+	GOBIN=$(CURDIR)/bin CGO_ENABLED=0 $(GO) install github.com/versity/versitygw/cmd/versitygw@v1.8.0
 
 # The firewall's tests, and the path with the kernel's WireGuard, on the kernels of Debian 12 and 13, in emulated machines: 15 minutes, not part of `make test`.
 test-vm: vm-tools build

@@ -17,13 +17,17 @@ import (
 )
 
 func execCommand(profile *string) *cobra.Command {
-	timeout := defaultTimeout
+	timeout, awsProfile := defaultTimeout, ""
 	c := &cobra.Command{
 		Use: "exec -- COMMAND [ARG]...", Short: "Run a command through the tunnel", Args: needsCommand,
 		Long: "Brings the tunnel up where it is down, for as long as the command runs, and points the command's proxy variables at it.\n" +
 			"The command never runs without the tunnel. Its exit status is passed on; 125: no tunnel, 126: not executable, 127: not found.",
-		Example: "  vpn exec -- aws sts get-caller-identity",
+		Example: "  vpn exec -- aws sts get-caller-identity\n  vpn exec --aws-profile production -- aws s3 ls",
 		RunE: func(_ *cobra.Command, args []string) error {
+			if err := useAWSProfile(awsProfile); err != nil {
+				fmt.Fprintf(os.Stderr, "vpn: %v; %s was not run\n", err, args[0])
+				return exitStatus(exitNoTunnel)
+			}
 			return through(*profile, args, func(p *client.Profile) (func(), client.Status, error) {
 				ctx, stop := interrupted()
 				defer stop()
@@ -51,6 +55,7 @@ func execCommand(profile *string) *cobra.Command {
 	}
 	c.Flags().SetInterspersed(false)
 	c.Flags().DurationVar(&timeout, "timeout", timeout, "give up after so long")
+	c.Flags().StringVar(&awsProfile, "aws-profile", "", "run it with this profile of ~/.aws/config, and no inherited AWS credentials")
 	return c
 }
 

@@ -67,11 +67,12 @@ func noUsers(o Options) ([]Statement, error) {
 }
 
 // sessionPin denies onward sessions too: they would have the next role's rights, and no pin. GetSessionToken is not for roles'
-// sessions, but a user's session can be pinned as well.
+// sessions, but a user's session can be pinned as well: one pattern is it and GetFederationToken, which servers with an STS of
+// their own refuse to be told of by name.
 func sessionPin(o Options) ([]Statement, error) {
 	return []Statement{
 		{Effect: "Allow", Action: Values{"*"}, Resource: Values{"*"}},
 		{Sid: "DenyElsewhere", Effect: "Deny", Action: Values{"*"}, Resource: Values{"*"}, Condition: o.elsewhere()},
-		{Sid: "DenyOnward", Effect: "Deny", Action: Values{"sts:AssumeRole*", "sts:GetFederationToken", "sts:GetSessionToken"}, Resource: Values{"*"}},
+		{Sid: "DenyOnward", Effect: "Deny", Action: Values{"sts:AssumeRole*", "sts:Get*ionToken"}, Resource: Values{"*"}},
 	}, nil
 }

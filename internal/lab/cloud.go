@@ -31,6 +31,7 @@ type CloudOptions struct {
 	Names []string                // in its certificate and in DNS; the first label may be *
 	IPv6  bool                    // give the names AAAA records too
 	Sites map[string]http.Handler // what a name serves instead, of Names, and spelled as there
+	Bare  bool                    // no web server: another program serves the names, with CertFile and KeyFile
 }
 
 // Request is one HTTP request that the cloud host got.
@@ -56,6 +57,8 @@ type CloudHost struct {
 	CAFile string         // certificate of the authority made for this run, PEM: for curl --cacert
 	CAs    *x509.CertPool // the same
 	DNS    *DNS
+
+	CertFile, KeyFile string // of all names, PEM, where another program serves them
 
 	pattern []byte // of /bytes, a multiple of 251 long
 	sites   map[string]http.Handler
@@ -97,6 +100,18 @@ func (l *Lab) StartCloud(o CloudOptions) (*CloudHost, error) {
 	}
 	if err := l.onClose(stopDNS); err != nil {
 		return nil, err
+	}
+	if o.Bare {
+		h.CertFile, h.KeyFile = filepath.Join(l.Dir, "cloud.pem"), filepath.Join(l.Dir, "cloud.key")
+		key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
+		if err == nil {
+			err = errors.Join(os.WriteFile(h.CertFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]}), 0o644),
+				os.WriteFile(h.KeyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}), 0o600))
+		}
+		if err != nil {
+			return nil, fmt.Errorf("cloud host: %w", err)
+		}
+		return h, nil
 	}
 	plain, err := l.Cloud.Listen("tcp", ":80")
 	if err != nil {

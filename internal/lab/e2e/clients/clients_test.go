@@ -52,10 +52,7 @@ type stage struct {
 
 func newStage(t *testing.T, settings ...lab.Setting) *stage {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
-	t.Cleanup(cancel)
-	s := &stage{Lab: lab.Start(t, lab.Options{}), t: t, ctx: ctx}
-	o := lab.CloudOptions{
+	return newStageWith(t, lab.Options{}, lab.CloudOptions{
 		Names: []string{"sts.us-east-1.amazonaws.com", "s3.us-east-1.amazonaws.com", "*.s3.us-east-1.amazonaws.com", "console.aws.amazon.com", "registry.npmjs.org",
 			"plain.example.com", "evil.example.com", "others.example.com", "x.elb.amazonaws.com"},
 		Sites: map[string]http.Handler{
@@ -64,9 +61,16 @@ func newStage(t *testing.T, settings ...lab.Setting) *stage {
 			"console.aws.amazon.com":       newPage(),
 			"registry.npmjs.org":           http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "{}") }),
 		},
-	}
+	}, settings...)
+}
+
+func newStageWith(t *testing.T, o lab.Options, cloud lab.CloudOptions, settings ...lab.Setting) *stage {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
+	t.Cleanup(cancel)
+	s := &stage{Lab: lab.Start(t, o), t: t, ctx: ctx}
 	var err error
-	if s.cloud, err = s.StartCloud(o); err != nil {
+	if s.cloud, err = s.StartCloud(cloud); err != nil {
 		t.Fatal(err)
 	}
 	if s.daemon, err = s.NewDaemon(ctx, settings...); err != nil {
