@@ -99,7 +99,7 @@ func command() *cobra.Command {
 	root.PersistentFlags().StringVar(&profile, "profile", "", "profile `NAME|FILE` (default: the one of `vpn use`, else the only one)")
 	load := func() (*client.Profile, error) { return client.LoadProfile(profile) }
 	root.AddCommand(upCommand(&profile), keepCommand(&profile), downCommand(load), statusCommand(load), execCommand(&profile),
-		envCommand(load), pacCommand(load), useCommand(), importCommand(), enrollCommand(), renewCommand(&profile), awsCommand(&profile))
+		envCommand(load), doctorCommand(load), pacCommand(load), useCommand(), importCommand(), enrollCommand(), renewCommand(&profile), awsCommand(&profile))
 	return root
 }
 

@@ -37,6 +37,14 @@ type Dialer struct {
 	// SendToken sends one datagram to the tunnel's port. Nil: from a socket of the dialer's own.
 	SendToken func(token []byte, to netip.AddrPort) error
 	Progress  func(step string) // nil: nobody watches
+	Now       func() time.Time  // the wall clock, which tokens follow; nil: this machine's
+}
+
+func (d *Dialer) now() time.Time {
+	if d.Now == nil {
+		return time.Now()
+	}
+	return d.Now()
 }
 
 func (d *Dialer) progress(step string) {
@@ -248,7 +256,7 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 }
 
 func (d *Dialer) sendToken(to netip.AddrPort, own *net.UDPConn) error {
-	token, err := d.Tokens.Repeated(to.Addr(), time.Now())
+	token, err := d.Tokens.Repeated(to.Addr(), d.now())
 	if err != nil {
 		return err
 	}
@@ -273,7 +281,7 @@ func (d *Dialer) silence(cause error) error {
 	var sent []string
 	if len(d.Profile.typed.secret) > 0 {
 		sent = append(sent, fmt.Sprintf("a token to UDP port %d (good for about %v around the gate's time; it is %s here)",
-			d.Profile.TunnelPort, d.Profile.typed.step, time.Now().Format("15:04:05 MST")))
+			d.Profile.TunnelPort, d.Profile.typed.step, d.now().Format("15:04:05 MST")))
 	}
 	if len(d.Profile.typed.sequence) > 0 {
 		sent = append(sent, "the sequence")

@@ -38,7 +38,7 @@ type gateConn struct {
 	*tls.Conn
 	replies *bufio.Reader
 	name    string
-	proven  bool // the gate has answered a request: it accepts the certificate
+	date    time.Time // by the gate's clock, when it last answered; zero: it does not say
 }
 
 // checkDates finds out before any packet what the gate would refuse.
@@ -58,17 +58,27 @@ func (p *Profile) checkDates(now time.Time) error {
 // handshake authenticates both sides on a fresh connection; it closes the connection on error. The gate's judgement of
 // our certificate arrives only with its first answer, a round trip later.
 func (p *Profile) handshake(ctx context.Context, conn net.Conn) (*gateConn, error) {
-	c := tls.Client(conn, &tls.Config{
-		MinVersion:   tls.VersionTLS13,
-		ServerName:   p.ServerID,
-		RootCAs:      p.typed.roots,
-		Certificates: []tls.Certificate{p.typed.identity},
-	})
+	c := tls.Client(conn, p.tlsConfig(nil))
 	if err := c.HandshakeContext(ctx); err != nil {
 		conn.Close()
 		return nil, explainTLS(err)
 	}
-	return &gateConn{Conn: c, replies: bufio.NewReader(c), name: p.ServerID}, nil
+	return newGateConn(c, p.ServerID), nil
+}
+
+// tlsConfig takes the clock by which the gate's certificate must hold; nil: this machine's.
+func (p *Profile) tlsConfig(now func() time.Time) *tls.Config {
+	return &tls.Config{
+		MinVersion:   tls.VersionTLS13,
+		ServerName:   p.ServerID,
+		RootCAs:      p.typed.roots,
+		Certificates: []tls.Certificate{p.typed.identity},
+		Time:         now,
+	}
+}
+
+func newGateConn(c *tls.Conn, name string) *gateConn {
+	return &gateConn{Conn: c, replies: bufio.NewReader(c), name: name}
 }
 
 // postQuantum tells whether what travels here is safe from a later quantum computer.
@@ -107,7 +117,7 @@ func (g *gateConn) do(ctx context.Context, method, path string, body, reply any)
 		return explainTLS(errors.Join(err, writeErr))
 	}
 	defer resp.Body.Close()
-	g.proven = true
+	g.date, _ = http.ParseTime(resp.Header.Get("Date"))
 	text, err := io.ReadAll(io.LimitReader(resp.Body, maxReply+1))
 	if err != nil {
 		return fmt.Errorf("the gate's answer broke off: %w", err)
