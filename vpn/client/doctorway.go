@@ -304,7 +304,7 @@ func (d *Doctor) talk(ctx context.Context, conn net.Conn, how opened, tokens *To
 	wrong := known && off.Abs() >= tolerance
 	d.knocked(how, wrong, refusal(err) != nil)
 
-	d.answered(err)
+	d.answered(err, g != nil)
 	switch {
 	case !known:
 	case wrong:
@@ -438,8 +438,8 @@ func (d *Doctor) knocked(how opened, clockWrong, refused bool) {
 	}
 }
 
-// answered says what keeps the gate from speaking.
-func (d *Doctor) answered(err error) {
+// answered says what keeps the gate from speaking, which spoke TLS or did not.
+func (d *Doctor) answered(err error, spoke bool) {
 	var unverified *tls.CertificateVerificationError
 	var invalid x509.CertificateInvalidError
 	var api *vpn.APIError
@@ -457,7 +457,10 @@ func (d *Doctor) answered(err error) {
 	case errors.As(err, &api):
 		d.found(Problem, "gate", CodeRefused, api.Message, api.Fix)
 	default:
-		d.found(Problem, "gate", CodeGateOther, fmt.Sprintf("%s does not speak as a gate does: %v", d.gate, explainTLS(err)), "ask the operator whether this is the right address")
+		if !spoke {
+			err = fmt.Errorf("gate %v: %w", d.gate, explainTLS(err))
+		}
+		d.found(Problem, "gate", CodeGateOther, err.Error(), "")
 	}
 }
 
