@@ -134,7 +134,7 @@ func (d *Doctor) state() *Tokens {
 		tokens, err = NewTokens(d.Profile)
 	}
 	if err != nil {
-		d.found(Problem, "state", CodeState, err.Error(), "token knocks, renewals and the tunnel's process keep their state there: make room, or make it yours")
+		d.found(Problem, "state", CodeState, "token knocks, renewals and the tunnel's process cannot keep their state: "+unwritable(err).Error(), "")
 		return nil
 	}
 	d.well("state", "%s can be written", dir)
@@ -147,6 +147,8 @@ func tryWrite(dir string) error {
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(make([]byte, 4096))
+	if _, err = f.Write(make([]byte, 4096)); err == nil {
+		err = f.Sync()
+	}
 	return errors.Join(err, f.Close(), os.Remove(f.Name()))
 }
