@@ -21,6 +21,7 @@ PEER_TOOLS := nft:nftables ip:iproute2 iptables:iptables ipset:ipset knockd:knoc
 SOAK_TOOLS := nft:nftables ip:iproute2
 IAM_TOOLS := node:nodejs npm:npm
 VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod
+CLIENT := ./cmd/knock ./cmd/vpn ./vpn ./vpn/client ./knock
 UNIT := $(GO) list ./... | grep -v internal/lab/e2e
 
 .PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-door bench-sessions bench-limits bench-knock soak clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools soak-tools
@@ -38,7 +39,9 @@ lint:
 	@out=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$out" ] || { echo "gofmt would change:"; echo "$$out"; exit 1; }
 	$(GO) vet ./...
 	$(GO) tool -modfile=tools/go.mod staticcheck ./...
-	for os in darwin windows; do GOOS=$$os CGO_ENABLED=0 $(GO) vet ./cmd/knock ./cmd/vpn ./vpn ./vpn/client ./knock; done
+	for os in darwin windows; do GOOS=$$os CGO_ENABLED=0 $(GO) vet $(CLIENT); done
+	for os in linux darwin windows; do for arch in amd64 arm64; do \
+		GOOS=$$os GOARCH=$$arch CGO_ENABLED=0 $(GO) build -o /dev/null ./cmd/knock ./cmd/vpn; done; done
 
 unit:
 	$(GO) test -race $$($(UNIT))
