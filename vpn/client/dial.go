@@ -176,7 +176,7 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 		d.progress("knock sent")
 	}
 	if noToken != nil && !errors.Is(noToken, ErrNoTokens) {
-		d.progress("no token knock: " + noToken.Error())
+		d.progress("no token knock (" + noToken.Error() + ")")
 	}
 
 	ctx, cancel := context.WithCancel(ctx)
@@ -290,7 +290,8 @@ func (d *Dialer) silence(cause error) error {
 		sent = append(sent, "no knock, since the profile has none")
 	}
 	text := "no answer after " + strings.Join(sent, " and ") +
-		": this clock may be off, a network on the way may block these ports, or the profile is revoked or replaced"
+		": this clock may be off, a network on the way may block these ports, or the profile is revoked or replaced: " +
+		"`vpn doctor` finds out which"
 	if cause != nil {
 		return fmt.Errorf("%s (%w)", text, cause)
 	}
