@@ -425,6 +425,9 @@ func (d *Doctor) knocked(how opened, clockWrong, refused bool) {
 		d.well("knock", "the sequence opens the gate (%d ms)", how.took.Milliseconds())
 	case errors.Is(how.token, errNotTried):
 		d.found(Warning, "knock", CodeTokens, "the sequence opens the gate; no token was sent, since its state cannot be kept", "see above")
+	case errors.Is(how.token, syscall.EPERM):
+		d.found(Problem, "knock", CodeLocalDrop, fmt.Sprintf("the sequence opens the gate; a firewall on this machine drops what is sent to UDP port %d", d.Profile.TunnelPort),
+			"let UDP out to it: the tunnel's data go the same way")
 	case errors.As(how.token, &spent):
 		d.found(Warning, "knock", CodeTokens, "the sequence opens the gate; "+how.token.Error(), "")
 	case refused:

@@ -168,6 +168,11 @@ func TestDoctorSaysWhereTheWayEnds(t *testing.T) {
 	s.diagnosed("no network", s.doctor(s.alice, nil), client.CodeNoNetwork)
 	s.ok(s.Client.Command(s.ctx, "ip", "link", "set", "outside", "up"))
 
+	for what, rule := range map[string]string{"drops everything": "ip daddr 198.18.1.1", "drops UDP": "udp dport 1194"} {
+		s.ok(s.Client.Command(s.ctx, "nft", "add table inet own; add chain inet own out { type filter hook output priority 0; }; add rule inet own out "+rule+" drop"))
+		s.diagnosed("a firewall here "+what, s.doctor(s.alice, nil), client.CodeLocalDrop, client.CodeUDP+"?")
+		s.ok(s.Client.Command(s.ctx, "nft", "delete table inet own"))
+	}
 	lost := s.edited("lost", func(p *client.Profile) { p.Endpoints = []string{"no-such-name.example.com:1194"} })
 	s.diagnosed("a name that nobody knows", s.doctor(lost, nil), client.CodeNoName)
 	two := s.edited("two", func(p *client.Profile) { p.Endpoints = []string{"198.18.1.99:1194", p.Endpoints[0]} })
