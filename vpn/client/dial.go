@@ -87,7 +87,7 @@ func (d *Dialer) dialEndpoint(ctx context.Context, endpoint string) (net.Conn, e
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	results := make(chan dialed)
+	results := make(chan dialed, len(addrs))
 	failed := make([]chan struct{}, len(addrs))
 	for i, to := range addrs {
 		failed[i] = make(chan struct{})
@@ -96,27 +96,31 @@ func (d *Dialer) dialEndpoint(ctx context.Context, endpoint string) (net.Conn, e
 				select {
 				case <-time.After(time.Duration(i) * stagger):
 				case <-failed[i-1]:
+				case <-ctx.Done():
 				}
 			}
 			conn, err := d.dialAddress(ctx, to)
 			if err != nil {
 				close(failed[i])
 			}
-			deliver(ctx, results, dialed{conn, err})
+			results <- dialed{conn, err}
 		}()
 	}
 	var last error
-	for range addrs {
-		select {
-		case r := <-results:
-			if r.err == nil {
-				return r.conn, nil
-			}
-			if last == nil || !errors.Is(r.err, syscall.ENETUNREACH) { // no IPv6 here is no news
-				last = r.err
-			}
-		case <-ctx.Done():
-			return nil, d.silence(last)
+	for n := range addrs {
+		r := <-results // at the latest when ctx ends, and then with what it was
+		if r.err == nil {
+			go func() {
+				for range addrs[n+1:] {
+					if late := <-results; late.conn != nil {
+						late.conn.Close()
+					}
+				}
+			}()
+			return r.conn, nil
+		}
+		if last == nil || !errors.Is(r.err, syscall.ENETUNREACH) { // no IPv6 here is no news
+			last = r.err
 		}
 	}
 	return nil, last

@@ -184,16 +184,20 @@ func TestDoctorSaysWhereTheWayEnds(t *testing.T) {
 	s.diagnosed("healthy again", s.doctor(s.alice, nil))
 }
 
-// edited is a user with a changed copy of alice's profile.
+// edited is a user with a changed copy of a profile: that of his name, or alice's.
 func (s *stage) edited(name string, change func(*client.Profile)) *lab.User {
 	s.t.Helper()
-	p := s.profile(filepath.Join(s.Dir, "alice.profile"))
+	file := filepath.Join(s.Dir, name+".profile")
+	source := file
+	if _, err := os.Stat(file); err != nil {
+		source = filepath.Join(s.Dir, "alice.profile")
+	}
+	p := s.profile(source)
 	change(p)
 	text, err := toml.Marshal(p)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	file := filepath.Join(s.Dir, name+".profile")
 	if err := os.WriteFile(file, text, 0o600); err != nil {
 		s.t.Fatal(err)
 	}
@@ -216,11 +220,16 @@ func TestDoctorTellsClockFromCertificate(t *testing.T) {
 	// To a clock that is years off neither certificate is valid, and both are.
 	s.diagnosed("clock years slow", s.doctorAt(s.alice, -3*365*24*time.Hour), client.CodeClock, client.CodeTokens)
 	s.diagnosed("clock years fast", s.doctorAt(s.alice, 30*365*24*time.Hour), client.CodeClock, client.CodeTokens)
-	// Without a sequence, tokens of other times open.
-	bare := s.edited("bare", func(p *client.Profile) { p.Sequence = nil })
-	s.diagnosed("clock off, no sequence", s.doctorAt(bare, -7*time.Minute), client.CodeClock, client.CodeTokens)
-	s.diagnosed("time zone mistaken, no sequence", s.doctorAt(bare, 2*time.Hour), client.CodeClock, client.CodeTokens)
-	s.diagnosed("clock right", s.doctorAt(bare, 0))
+	// Without a sequence, tokens of other times open. Each has a user's of his own, of which none is spent.
+	for i, off := range []time.Duration{-7 * time.Minute, 2 * time.Hour} {
+		name := fmt.Sprintf("bare%d", i)
+		if _, err := s.daemon.AddUser(s.ctx, name); err != nil {
+			t.Fatal(err)
+		}
+		bare := s.edited(name, func(p *client.Profile) { p.Sequence = nil })
+		s.diagnosed(fmt.Sprintf("clock off by %v, no sequence", off), s.doctorAt(bare, off), client.CodeClock, client.CodeTokens)
+		s.diagnosed("clock right", s.doctorAt(bare, 0), client.CodeTokens+"?")
+	}
 
 	early := s.edited("early", func(p *client.Profile) { p.Certificate = s.resigned(p.Certificate, time.Hour, 2*time.Hour) })
 	s.diagnosed("certificate of tomorrow", s.doctor(early, nil), client.CodeNotYet, client.CodeTokens+"?")
