@@ -19,6 +19,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"perimeterd/vpn"
 )
@@ -136,7 +137,7 @@ func (g *gateConn) do(ctx context.Context, method, path string, body, reply any)
 		return nil
 	}
 	if err := json.Unmarshal(text, reply); err != nil {
-		return at(g, fmt.Errorf("its answer is not understood: %w: update the client, or ask the operator whether this is the right address", err))
+		return at(g, fmt.Errorf("its answer is not understood: %s: update the client, or ask the operator whether this is the right address", plain(err.Error())))
 	}
 	return nil
 }
@@ -154,7 +155,7 @@ func (g *gateConn) explain(ctx context.Context, err, writeErr error) error {
 	case errors.As(err, &network) || writeErr != nil || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF):
 		return explainTLS(errors.Join(err, writeErr))
 	}
-	return fmt.Errorf("what it says is not an answer in HTTP: %w: ask the operator whether this is the right address", err)
+	return fmt.Errorf("what it says is not an answer in HTTP: %s: ask the operator whether this is the right address", plain(err.Error()))
 }
 
 // at names the gate that an error is of. What it refuses is refused wherever.
@@ -168,11 +169,23 @@ func at(conn net.Conn, err error) error {
 func apiError(resp *http.Response, text []byte) error {
 	var e vpn.ErrorReply
 	if json.Unmarshal(text, &e) != nil || e.Error == nil || e.Error.Code == "" {
-		return fmt.Errorf("the gate answered %s, and nothing else that is understood", resp.Status)
+		return fmt.Errorf("the gate answered %s, and nothing else that is understood", plain(resp.Status))
 	}
 	e.Error.Status = resp.StatusCode
+	e.Error.Message, e.Error.Fix = plain(e.Error.Message), plain(e.Error.Fix)
 	e.Error.RetryAfter, _ = strconv.Atoi(resp.Header.Get("Retry-After"))
 	return e.Error
+}
+
+// plain is what a gate says as a terminal may show it.
+func plain(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return ' '
+	}, s)
+	return fmt.Sprintf("%.300s", s)
 }
 
 // checkReply refuses what would bend routes or lengths, although it comes from the authenticated gate.
