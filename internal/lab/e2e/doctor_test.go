@@ -144,7 +144,9 @@ func TestDoctorSaysWhereTheWayEnds(t *testing.T) {
 	s.ok(s.Client.Command(s.ctx, "chown", "-R", "0:0", s.alice.Home))
 
 	// Both families in turn, through one socket of the bastion's.
-	six := s.edited("six", func(p *client.Profile) { p.Endpoints, p.KnockSecret, p.KnockStep = []string{"[2001:db8:18:1::1]:1194"}, "", "" })
+	six := s.edited("six", func(p *client.Profile) {
+		p.Endpoints, p.KnockSecret, p.KnockStep = []string{"[2001:db8:18:1::1]:1194"}, "", ""
+	})
 	four := s.edited("four", func(p *client.Profile) { p.KnockSecret, p.KnockStep = "", "" })
 	for range 2 {
 		s.diagnosed("healthy, over IPv6", s.doctor(six, nil))
