@@ -124,7 +124,7 @@ func TestBadConfigurations(t *testing.T) {
 		{"empty", "", f + `: gate.endpoint "": want where clients find this host, HOST:PORT, as in bastion.example.com:1194`},
 		{"several at once", "state_dir = \"state\"\n[gate]\nendpoint = \"bastion\"\nlisten = [\"1194\"]\n[session]\nmax = \"forever\"\n[log]\nlevel = \"loud\"\n",
 			f + ":1: state_dir \"state\": want an absolute path\n" +
-				f + ":3: gate.endpoint \"bastion\": want where clients find this host, HOST:PORT, as in bastion.example.com:1194\n" +
+				f + ":3: gate.endpoint \"bastion\": it has no port, or an address in it wants brackets, as in [2001:db8::1]:1194: want where clients find this host, HOST:PORT, as in bastion.example.com:1194\n" +
 				f + ":4: gate.listen \"1194\": want \":PORT\", or \"ADDRESS:PORT\" of this host\n" +
 				f + ":6: session.max \"forever\": want a duration, as in 90s, 12h or 90d\n" +
 				f + ":8: log.level \"loud\": want debug, info, warn or error"},
@@ -173,7 +173,7 @@ func TestBadConfigurations(t *testing.T) {
 			f + ":3: gate.listen \":1194\": stands in it twice: remove one\n" +
 				f + ":3: gate.listen [\":80\" \":1194\" \":1194\"]: port 80 is the proxy's or the console's too, on the tunnel address: choose another"},
 		{"a link-local endpoint", "gate.endpoint = \"[fe80::1%eth0]:1\"\n",
-			f + ":1: gate.endpoint \"[fe80::1%eth0]:1\": want where clients find this host, HOST:PORT, as in bastion.example.com:1194"},
+			f + ":1: gate.endpoint \"[fe80::1%eth0]:1\": clients have no zone \"eth0\": want where clients find this host, HOST:PORT, as in bastion.example.com:1194"},
 		{"rules", minimal + "[[proxy.rule]]\nallow = [\"@aws\"]\n[[proxy.rule]]\nports = [443]\n[[proxy.rule]]\nallow = [\"@aws\"]\ndeny = [\"a.example.com\"]\nports = [0]\ngroups = [\"*\", \"A B\"]\n",
 			f + ":3: proxy.rule 1: it allows no port: add ports = [443]\n" +
 				f + ":5: proxy.rule 2: neither deny nor allow: add the destinations, or remove the rule\n" +

@@ -375,12 +375,30 @@ func (p *parser) endpoint(s string) (host string) {
 
 // SplitEndpoint checks HOST:PORT, host a name or an address, and returns the host.
 func SplitEndpoint(s string) (host string, err error) {
+	bad := func(format string, a ...any) (string, error) {
+		return "", fmt.Errorf("%q: "+format+": want where clients find this host, HOST:PORT, as in bastion.example.com:1194", append([]any{s}, a...)...)
+	}
+	if s == "" {
+		return "", errors.New(`"": want where clients find this host, HOST:PORT, as in bastion.example.com:1194`)
+	}
+	if scheme, _, ok := strings.Cut(s, "://"); ok {
+		return bad("it is a URL: leave %s:// off", scheme)
+	}
 	host, port, err := net.SplitHostPort(s)
-	n, perr := strconv.ParseUint(port, 10, 16)
-	addr, aerr := netip.ParseAddr(host)
-	name := aerr != nil && len(host) <= 253 && hostName.MatchString(host)
-	if err != nil || perr != nil || n == 0 || aerr != nil && !name || addr.Zone() != "" {
-		return "", fmt.Errorf("%q: want where clients find this host, HOST:PORT, as in bastion.example.com:1194", s)
+	if err != nil {
+		return bad("it has no port, or an address in it wants brackets, as in [2001:db8::1]:1194")
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return bad("port %q is no number from 1 to 65535", port)
+	}
+	addr, err := netip.ParseAddr(host)
+	switch {
+	case err == nil && addr.Zone() != "":
+		return bad("clients have no zone %q", addr.Zone())
+	case host == "":
+		return bad("the host is missing")
+	case err != nil && (len(host) > 253 || !hostName.MatchString(host) || strings.Trim(host, "0123456789.") == ""):
+		return bad("%q is neither a name nor an address", host)
 	}
 	return host, nil
 }

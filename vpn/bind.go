@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 
 	"golang.zx2c4.com/wireguard/conn"
 )
@@ -20,6 +21,8 @@ type Bind struct {
 
 	mu     sync.Mutex
 	closed chan struct{} // nil while closed
+
+	six atomic.Pointer[six] // nil while closed, and where there is no IPv6
 }
 
 type injected struct {
@@ -45,6 +48,7 @@ func (b *Bind) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 	defer b.mu.Unlock()
 	closed := make(chan struct{})
 	b.closed = closed
+	b.six.Store(newSix(b.udp))
 	return append(fns, func(bufs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
 		select {
 		case d := <-b.in:
@@ -63,6 +67,7 @@ func (b *Bind) Close() error {
 	if b.closed != nil {
 		close(b.closed)
 		b.closed = nil
+		b.six.Store(nil)
 	}
 	b.mu.Unlock()
 	return b.udp.Close()
@@ -83,6 +88,11 @@ func (b *Bind) Send(bufs [][]byte, ep conn.Endpoint) error {
 	if f, ok := ep.(*Flight); ok {
 		f.take(bufs)
 		return nil
+	}
+	if std, ok := ep.(*conn.StdNetEndpoint); ok && std.Addr().Is6() {
+		if s := b.six.Load(); s != nil {
+			return s.send(bufs, std)
+		}
 	}
 	return b.udp.Send(bufs, ep)
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"perimeterd/internal/cmdline"
 	"perimeterd/knock"
 	"perimeterd/vpn/client"
 )
@@ -96,6 +97,7 @@ func command() *cobra.Command {
 			return o.sequence(ctx, args[0], args[1:], delay)
 		},
 	}
+	c.SetFlagErrorFunc(cmdline.FlagError)
 	f := c.Flags()
 	f.BoolVarP(&o.udp, "udp", "u", false, "make all port hits UDP (default is TCP)")
 	f.UintVarP(&o.delay, "delay", "d", 0, "wait so many `milliseconds` between port hits (default 15)")

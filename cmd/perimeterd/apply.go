@@ -97,7 +97,8 @@ func withTable(cfg *configs.Config, fn func(firewall.Config, *identity.Meta) err
 func newConfirmCommand() *cobra.Command {
 	return decideCommand("confirm", "Keep the configuration that is on trial", func(c *control.Client, ctx context.Context) (string, error) {
 		a, err := c.Confirm(ctx)
-		return a.File + " rules from now on, as it was when it was applied.", err
+		return fmt.Sprintf("The trial that would have ended at %s is confirmed: %s rules from now on, as it was when it was applied.",
+			a.Until.Local().Format(time.TimeOnly), a.File), err
 	})
 }
 

@@ -1,15 +1,21 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"reflect"
+	"slices"
+	"strings"
 	"sync"
 	"time"
+
+	"github.com/pelletier/go-toml/v2"
 
 	"perimeterd/configs"
 	"perimeterd/firewall"
@@ -109,7 +115,7 @@ func (c *changes) loadLocked() (*configs.Config, error) {
 		return nil, err
 	}
 	if what := needsRestart(c.good, next); what != "" {
-		return nil, fmt.Errorf("%s: %s changed, which takes a restart", next.File, what)
+		return nil, fmt.Errorf("%s: %s changed, which takes a restart of the daemon", next.File, what)
 	}
 	return next, nil
 }
@@ -167,7 +173,7 @@ func (c *changes) Confirm() (a control.Applied, err error) {
 	if err := c.meta.SetUnconfirmed(nil); err != nil {
 		return a, fmt.Errorf("confirmed, but a restart will go back: %w", err)
 	}
-	return control.Applied{File: c.good.File}, nil
+	return control.Applied{File: c.good.File, Until: c.until}, nil
 }
 
 // Rollback ends a trial before its time.
@@ -249,25 +255,60 @@ func lastGood(cfg *configs.Config, meta *identity.Meta, log *slog.Logger) (*conf
 
 func clock(t time.Time) string { return t.Local().Format(time.TimeOnly) }
 
-// needsRestart names the first part of the configuration that differs and that a running daemon cannot follow.
+// needsRestart names what differs in the configuration and a running daemon cannot follow: the keys, where the files tell.
 func needsRestart(a, b *configs.Config) string {
 	for _, part := range []struct {
 		name string
+		keys string // prefixes of them
 		of   func(*configs.Config) any
 	}{
-		{"state_dir or run_dir", func(c *configs.Config) any { return [2]string{c.StateDir, c.RunDir} }},
-		{"[gate], [tunnel] or [session]", func(c *configs.Config) any { return c.Gate }},
-		{"knock.tokens, knock.step or knock.log_group", func(c *configs.Config) any {
+		{"state_dir or run_dir", "state_dir run_dir", func(c *configs.Config) any { return [2]string{c.StateDir, c.RunDir} }},
+		{"[gate], [tunnel] or [session]", "gate. tunnel. session.", func(c *configs.Config) any { return c.Gate }},
+		{"knock.tokens, knock.step or knock.log_group", "knock.tokens knock.step knock.log_group", func(c *configs.Config) any {
 			return configs.Knock{Tokens: c.Knock.Tokens, Step: c.Knock.Step, LogGroup: c.Knock.LogGroup}
 		}},
-		{"proxy.port", func(c *configs.Config) any { return c.Proxy.Listen }},
-		{"[identity]", func(c *configs.Config) any { return c.Identity }},
-		{"[console]", func(c *configs.Config) any { return c.Console }},
-		{"[log]", func(c *configs.Config) any { return c.Log }},
+		{"proxy.port", "proxy.port", func(c *configs.Config) any { return c.Proxy.Listen }},
+		{"[identity]", "identity.", func(c *configs.Config) any { return c.Identity }},
+		{"[console]", "console.", func(c *configs.Config) any { return c.Console }},
+		{"[log]", "log.", func(c *configs.Config) any { return c.Log }},
 	} {
 		if !reflect.DeepEqual(part.of(a), part.of(b)) {
-			return part.name
+			return cmp.Or(strings.Join(changedKeys(a.Text, b.Text, strings.Fields(part.keys)), ", "), part.name)
 		}
 	}
 	return ""
+}
+
+// changedKeys are those of two files that differ and begin in one of these ways. One that is in neither file by its name, as
+// where a path is relative to the file, is not found.
+func changedKeys(a, b []byte, prefixes []string) (changed []string) {
+	x, y := flatten(a), flatten(b)
+	all := maps.Clone(x)
+	maps.Copy(all, y)
+	for key := range all {
+		if !reflect.DeepEqual(x[key], y[key]) && slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(key, p) }) {
+			changed = append(changed, key)
+		}
+	}
+	slices.Sort(changed)
+	return changed
+}
+
+// flatten gives a file's values by their whole names.
+func flatten(text []byte) map[string]any {
+	var tree map[string]any
+	flat := map[string]any{}
+	if toml.Unmarshal(text, &tree) != nil { // it was read before
+		return flat
+	}
+	for name, value := range tree {
+		section, ok := value.(map[string]any)
+		if !ok {
+			flat[name] = value
+		}
+		for key, v := range section {
+			flat[name+"."+key] = v
+		}
+	}
+	return flat
 }

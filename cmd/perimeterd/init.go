@@ -115,7 +115,7 @@ func (o *initOptions) values(ec2 instance) (map[string]any, error) {
 		}
 		endpoint = ec2.Address.String()
 	}
-	if _, _, err := net.SplitHostPort(endpoint); err != nil {
+	if _, _, err := net.SplitHostPort(endpoint); err != nil && !strings.Contains(endpoint, "://") {
 		endpoint = net.JoinHostPort(strings.Trim(endpoint, "[]"), strconv.Itoa(vpn.DefaultPort))
 	}
 	host, err := configs.SplitEndpoint(endpoint)

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"perimeterd/configs"
+	"perimeterd/internal/cmdline"
 )
 
 const (
@@ -49,6 +50,7 @@ func execute(ctx context.Context, args []string) error {
 	root.PersistentPreRun = func(*cobra.Command, []string) { understood = true }
 	root.SetArgs(args)
 	cmd, err := root.ExecuteContextC(ctx)
+	err = hinted(cmd, err)
 	if err != nil && !understood {
 		return usageError{fmt.Errorf("%w\nhint: `%s --help` shows how it is used", err, cmd.CommandPath())}
 	}
@@ -74,6 +76,7 @@ Exit status: 0 done, 1 failed, 2 the command line or the configuration is wrong.
 		SilenceUsage:      true,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 	}
+	root.SetFlagErrorFunc(cmdline.FlagError)
 	root.PersistentFlags().String("config", configs.DefaultPath, "configuration `FILE`")
 	root.AddCommand(newBackupCommand(), newRestoreCommand())
 	root.AddCommand(newInitCommand(), newCheckCommand(), newRunCommand(), newUserCommand(),

@@ -15,7 +15,7 @@ func enrollCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use: "enroll NAME", Short: "Make a key here, and a request for its certificate", Args: oneArgument,
 		Long: "Makes a private key, which never leaves this machine, and a request that the operator signs: perimeterd user add --request.\n" +
-			"`vpn import` joins the profile that comes back with the key. Asked again before that, it writes the same request.",
+			"`vpn import` joins the profile that comes back with the key. Asked again before that, it writes a request for the same key.",
 		Example: "  vpn enroll alice                     writes alice.csr\n  vpn enroll alice --device mac --out -",
 		RunE: func(_ *cobra.Command, args []string) error {
 			e, err := client.Enroll(args[0], device)
@@ -29,15 +29,7 @@ func enrollCommand() *cobra.Command {
 			if out == "" {
 				out = e.Name + ".csr"
 			}
-			f, err := os.OpenFile(out, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
-			if errors.Is(err, os.ErrExist) {
-				return fmt.Errorf("%s exists and is not overwritten: name another file with --out", out)
-			}
-			if err != nil {
-				return err
-			}
-			_, err = f.Write(e.Request)
-			if err = errors.Join(err, f.Close()); err != nil {
+			if err := writeRequest(out, e.Request); err != nil {
 				return err
 			}
 			waits := "is kept in"
@@ -53,4 +45,23 @@ func enrollCommand() *cobra.Command {
 	c.Flags().StringVar(&device, "device", "", "`NAME` that tells your devices apart")
 	c.Flags().StringVar(&out, "out", "", "request `FILE` to write, - for standard output (default NAME.csr)")
 	return c
+}
+
+// writeRequest writes a new file, or leaves one that asks for the same key already.
+func writeRequest(file string, request []byte) error {
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	if errors.Is(err, os.ErrExist) {
+		if old, err := os.ReadFile(file); err == nil && client.SameKey(old, request) {
+			return nil
+		}
+		return fmt.Errorf("%s exists, with something else in it, and is not overwritten: name another file with --out", file)
+	}
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(request)
+	if err = errors.Join(err, f.Close()); err != nil { // half a request is none
+		return errors.Join(fmt.Errorf("%s is not written: %w", file, err), os.Remove(file))
+	}
+	return nil
 }

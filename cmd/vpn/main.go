@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"perimeterd/internal/cmdline"
 	"perimeterd/vpn/client"
 )
 
@@ -97,9 +98,10 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 	}
 	root.PersistentFlags().StringVar(&profile, "profile", "", "profile `NAME|FILE` (default: the one of `vpn use`, else the only one)")
+	root.SetFlagErrorFunc(cmdline.FlagError)
 	load := func() (*client.Profile, error) { return client.LoadProfile(profile) }
 	root.AddCommand(upCommand(&profile), keepCommand(&profile), downCommand(load), statusCommand(load), execCommand(&profile),
-		envCommand(load), pacCommand(load), useCommand(), importCommand(), enrollCommand(), renewCommand(&profile), awsCommand(&profile))
+		envCommand(load), doctorCommand(load), pacCommand(load), useCommand(), importCommand(), enrollCommand(), renewCommand(&profile), awsCommand(&profile))
 	return root
 }
 

@@ -177,7 +177,7 @@ func keepCommand(profile *string) *cobra.Command {
 			collect := debug.SetGCPercent(-1)
 			pipe := os.NewFile(newsFD, "news")
 			out := json.NewEncoder(pipe)
-			log, err := os.OpenFile(logName, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|os.O_APPEND, 0o600)
+			log, err := client.OpenLog(logName)
 			if err != nil {
 				out.Encode(news{Error: err.Error()})
 				return err

@@ -64,7 +64,7 @@ func socketFile(p *Profile) (string, error) {
 	}
 	dir := filepath.Join(run, "perimeter")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", err
+		return "", fmt.Errorf("XDG_RUNTIME_DIR: %w", unwritable(err))
 	}
 	return filepath.Join(dir, p.Name()+"-"+p.ServerID[:8]+".sock"), nil
 }
@@ -93,7 +93,7 @@ func (s *Server) Serve(ctx context.Context, ready func(Status)) error {
 	}
 	lock, err := os.OpenFile(lockName, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return err
+		return unwritable(err)
 	}
 	defer lock.Close()
 	if err := lockFile(lock, false); errors.Is(err, errLocked) {
@@ -108,7 +108,7 @@ func (s *Server) Serve(ctx context.Context, ready func(Status)) error {
 	// Clients find the socket by this, whatever their environment says.
 	lock.Truncate(0)
 	if _, err := lock.WriteAt([]byte(socket+"\n"), 0); err != nil {
-		return err
+		return unwritable(err)
 	}
 	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err

@@ -37,6 +37,14 @@ type Dialer struct {
 	// SendToken sends one datagram to the tunnel's port. Nil: from a socket of the dialer's own.
 	SendToken func(token []byte, to netip.AddrPort) error
 	Progress  func(step string) // nil: nobody watches
+	Now       func() time.Time  // the wall clock, which tokens follow; nil: this machine's
+}
+
+func (d *Dialer) now() time.Time {
+	if d.Now == nil {
+		return time.Now()
+	}
+	return d.Now()
 }
 
 func (d *Dialer) progress(step string) {
@@ -79,7 +87,7 @@ func (d *Dialer) dialEndpoint(ctx context.Context, endpoint string) (net.Conn, e
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	results := make(chan dialed)
+	results := make(chan dialed, len(addrs))
 	failed := make([]chan struct{}, len(addrs))
 	for i, to := range addrs {
 		failed[i] = make(chan struct{})
@@ -88,27 +96,31 @@ func (d *Dialer) dialEndpoint(ctx context.Context, endpoint string) (net.Conn, e
 				select {
 				case <-time.After(time.Duration(i) * stagger):
 				case <-failed[i-1]:
+				case <-ctx.Done():
 				}
 			}
 			conn, err := d.dialAddress(ctx, to)
 			if err != nil {
 				close(failed[i])
 			}
-			deliver(ctx, results, dialed{conn, err})
+			results <- dialed{conn, err}
 		}()
 	}
 	var last error
-	for range addrs {
-		select {
-		case r := <-results:
-			if r.err == nil {
-				return r.conn, nil
-			}
-			if last == nil || !errors.Is(r.err, syscall.ENETUNREACH) { // no IPv6 here is no news
-				last = r.err
-			}
-		case <-ctx.Done():
-			return nil, d.silence(last)
+	for n := range addrs {
+		r := <-results // at the latest when ctx ends, and then with what it was
+		if r.err == nil {
+			go func() {
+				for range addrs[n+1:] {
+					if late := <-results; late.conn != nil {
+						late.conn.Close()
+					}
+				}
+			}()
+			return r.conn, nil
+		}
+		if last == nil || !errors.Is(r.err, syscall.ENETUNREACH) { // no IPv6 here is no news
+			last = r.err
 		}
 	}
 	return nil, last
@@ -168,7 +180,7 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 		d.progress("knock sent")
 	}
 	if noToken != nil && !errors.Is(noToken, ErrNoTokens) {
-		d.progress("no token knock: " + noToken.Error())
+		d.progress("no token knock (" + noToken.Error() + ")")
 	}
 
 	ctx, cancel := context.WithCancel(ctx)
@@ -248,7 +260,7 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 }
 
 func (d *Dialer) sendToken(to netip.AddrPort, own *net.UDPConn) error {
-	token, err := d.Tokens.Repeated(to.Addr(), time.Now())
+	token, err := d.Tokens.Repeated(to.Addr(), d.now())
 	if err != nil {
 		return err
 	}
@@ -273,7 +285,7 @@ func (d *Dialer) silence(cause error) error {
 	var sent []string
 	if len(d.Profile.typed.secret) > 0 {
 		sent = append(sent, fmt.Sprintf("a token to UDP port %d (good for about %v around the gate's time; it is %s here)",
-			d.Profile.TunnelPort, d.Profile.typed.step, time.Now().Format("15:04:05 MST")))
+			d.Profile.TunnelPort, d.Profile.typed.step, d.now().Format("15:04:05 MST")))
 	}
 	if len(d.Profile.typed.sequence) > 0 {
 		sent = append(sent, "the sequence")
@@ -282,7 +294,8 @@ func (d *Dialer) silence(cause error) error {
 		sent = append(sent, "no knock, since the profile has none")
 	}
 	text := "no answer after " + strings.Join(sent, " and ") +
-		": this clock may be off, a network on the way may block these ports, or the profile is revoked or replaced"
+		": this clock may be off, a network on the way may block these ports, or the profile is revoked or replaced: " +
+		"`vpn doctor` finds out which"
 	if cause != nil {
 		return fmt.Errorf("%s (%w)", text, cause)
 	}

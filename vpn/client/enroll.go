@@ -62,6 +62,25 @@ func Enroll(user, device string) (*Enrolment, error) {
 	return e, nil
 }
 
+// SameKey says whether two requests in PEM are for the same key.
+func SameKey(a, b []byte) bool {
+	var ids [2]string
+	for i, text := range [][]byte{a, b} {
+		block, _ := pem.Decode(text)
+		if block == nil {
+			return false
+		}
+		request, err := x509.ParseCertificateRequest(block.Bytes)
+		if err != nil {
+			return false
+		}
+		if ids[i], err = keyID(request.PublicKey); err != nil {
+			return false
+		}
+	}
+	return ids[0] == ids[1]
+}
+
 // newKey keeps a new private key in a file that is not there yet.
 func newKey(file string) (crypto.Signer, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -103,21 +122,73 @@ func readKey(file string) (crypto.Signer, error) {
 	return key, nil
 }
 
-// parsePrivateKey never has the key's text in its errors.
+// parsePrivateKey takes what `vpn enroll` and openssl write. It never has the key's text in its errors.
 func parsePrivateKey(text []byte) (crypto.Signer, error) {
-	block, _ := pem.Decode(text)
-	if block == nil {
-		return nil, errors.New("no private key in it")
+	var parsed any
+	var err error
+	for block, rest := pem.Decode(text); ; block, rest = pem.Decode(rest) {
+		if block == nil {
+			return nil, errors.New("no private key in it")
+		}
+		switch block.Type {
+		case "EC PARAMETERS":
+			continue
+		case "PRIVATE KEY":
+			parsed, err = x509.ParsePKCS8PrivateKey(block.Bytes)
+		case "EC PRIVATE KEY":
+			parsed, err = x509.ParseECPrivateKey(block.Bytes)
+		case "RSA PRIVATE KEY":
+			if block.Headers["DEK-Info"] != "" {
+				return nil, errors.New("protected by a passphrase: write it without one: openssl pkey -in OLD -out NEW")
+			}
+			parsed, err = x509.ParsePKCS1PrivateKey(block.Bytes)
+		case "ENCRYPTED PRIVATE KEY":
+			return nil, errors.New("protected by a passphrase: write it without one: openssl pkey -in OLD -out NEW")
+		default:
+			return nil, fmt.Errorf("no private key in it, but a %q", block.Type)
+		}
+		break
 	}
-	parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 	if err != nil {
-		return nil, errors.New("no private key in PKCS #8")
+		return nil, errors.New("the private key in it is damaged, or of a kind that is not known here")
 	}
 	key, ok := parsed.(crypto.Signer)
 	if !ok {
 		return nil, fmt.Errorf("a %T, which signs nothing", parsed)
 	}
 	return key, nil
+}
+
+// AwaitProfile keeps a key that another tool made, as Enroll keeps its own, until the profile for it is imported.
+func AwaitProfile(file string) error {
+	f, err := os.Open(file)
+	if err != nil {
+		return fmt.Errorf("key: %w", err)
+	}
+	defer f.Close()
+	if err := checkPrivate(f); err != nil {
+		return fmt.Errorf("key %s: %w: run: chmod 600 %s", file, err, shellQuote(file))
+	}
+	text, err := readBounded(f)
+	var key crypto.Signer
+	if err == nil {
+		key, err = parsePrivateKey(text)
+	}
+	if err != nil {
+		return fmt.Errorf("key %s: %w", file, err)
+	}
+	id, err := keyID(key.Public())
+	if err != nil {
+		return fmt.Errorf("key %s: %w", file, err)
+	}
+	if text, err = encodeKey(key); err != nil {
+		return fmt.Errorf("key %s: %w", file, err)
+	}
+	dir, err := makeDir()
+	if err != nil {
+		return err
+	}
+	return writePrivate(filepath.Join(dir, "of-"+id[:16]+".key"), text)
 }
 
 func keyID(public crypto.PublicKey) (string, error) {
@@ -191,6 +262,6 @@ func (p *Profile) join(dir, kept string) (whole *Profile, waiting string, err er
 	if len(others) > 0 {
 		hint = fmt.Sprintf("the keys that wait here are others, made for %s", strings.Join(others, ", "))
 	}
-	return nil, "", fmt.Errorf("it is for the key %s, which `vpn enroll` made elsewhere or for somebody else; %s: "+
-		"import it on that machine, as that user, or begin again: vpn enroll %s", p.KeyID, hint, p.User)
+	return nil, "", fmt.Errorf("it is for the key %s, which was made elsewhere or for somebody else; %s: "+
+		"import it on that machine, as that user, or with the key of another tool: vpn import --key FILE, or begin again: vpn enroll %s", p.KeyID, hint, p.User)
 }

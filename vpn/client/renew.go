@@ -80,7 +80,7 @@ func lockState(p *Profile, suffix string) (unlock func() error, err error) {
 	}
 	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return nil, err
+		return nil, unwritable(err)
 	}
 	if err := lockFile(f, true); err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", name, err), f.Close())

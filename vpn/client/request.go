@@ -10,13 +10,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"perimeterd/vpn"
 )
@@ -26,6 +29,7 @@ const (
 	minMTU   = 1280
 	maxMTU   = 1420
 	maxReply = 64 << 10
+	maxHead  = 16 << 10 // of an answer: net/http bounds it in no way
 )
 
 // sharedSpace may number a tunnel network as private space may (RFC 6598).
@@ -37,8 +41,9 @@ var sharedSpace = netip.MustParsePrefix("100.64.0.0/10")
 type gateConn struct {
 	*tls.Conn
 	replies *bufio.Reader
+	bounded *io.LimitedReader // what replies reads from
 	name    string
-	proven  bool // the gate has answered a request: it accepts the certificate
+	date    time.Time // by the gate's clock, when it last answered; zero: it does not say
 }
 
 // checkDates finds out before any packet what the gate would refuse.
@@ -58,17 +63,28 @@ func (p *Profile) checkDates(now time.Time) error {
 // handshake authenticates both sides on a fresh connection; it closes the connection on error. The gate's judgement of
 // our certificate arrives only with its first answer, a round trip later.
 func (p *Profile) handshake(ctx context.Context, conn net.Conn) (*gateConn, error) {
-	c := tls.Client(conn, &tls.Config{
+	c := tls.Client(conn, p.tlsConfig(nil))
+	if err := c.HandshakeContext(ctx); err != nil {
+		conn.Close()
+		return nil, at(conn, explainTLS(err))
+	}
+	return newGateConn(c, p.ServerID), nil
+}
+
+// tlsConfig takes the clock by which the gate's certificate must hold; nil: this machine's.
+func (p *Profile) tlsConfig(now func() time.Time) *tls.Config {
+	return &tls.Config{
 		MinVersion:   tls.VersionTLS13,
 		ServerName:   p.ServerID,
 		RootCAs:      p.typed.roots,
 		Certificates: []tls.Certificate{p.typed.identity},
-	})
-	if err := c.HandshakeContext(ctx); err != nil {
-		conn.Close()
-		return nil, explainTLS(err)
+		Time:         now,
 	}
-	return &gateConn{Conn: c, replies: bufio.NewReader(c), name: p.ServerID}, nil
+}
+
+func newGateConn(c *tls.Conn, name string) *gateConn {
+	bounded := &io.LimitedReader{R: c, N: math.MaxInt64}
+	return &gateConn{Conn: c, replies: bufio.NewReader(bounded), bounded: bounded, name: name}
 }
 
 // postQuantum tells whether what travels here is safe from a later quantum computer.
@@ -99,21 +115,20 @@ func (g *gateConn) do(ctx context.Context, method, path string, body, reply any)
 		return err
 	}
 	_, writeErr := g.Write(wire.Bytes())
+	g.bounded.N = maxHead + maxReply + 1
+	defer func() { g.bounded.N = math.MaxInt64 }()
 	resp, err := http.ReadResponse(g.replies, req)
 	if err != nil {
-		if ctx.Err() != nil {
-			return fmt.Errorf("the gate gave no answer in time: %w", ctx.Err())
-		}
-		return explainTLS(errors.Join(err, writeErr))
+		return at(g, g.explain(ctx, err, writeErr))
 	}
 	defer resp.Body.Close()
-	g.proven = true
+	g.date, _ = http.ParseTime(resp.Header.Get("Date"))
 	text, err := io.ReadAll(io.LimitReader(resp.Body, maxReply+1))
 	if err != nil {
-		return fmt.Errorf("the gate's answer broke off: %w", err)
+		return at(g, g.explain(ctx, fmt.Errorf("its answer broke off: %w", err), nil))
 	}
 	if len(text) > maxReply {
-		return fmt.Errorf("the gate's answer is longer than %d bytes: is this a perimeterd gate?", maxReply)
+		return at(g, errTooLong)
 	}
 	if resp.StatusCode/100 != 2 {
 		return apiError(resp, text)
@@ -122,19 +137,55 @@ func (g *gateConn) do(ctx context.Context, method, path string, body, reply any)
 		return nil
 	}
 	if err := json.Unmarshal(text, reply); err != nil {
-		return fmt.Errorf("the gate's answer is not understood: %w: update the client", err)
+		return at(g, fmt.Errorf("its answer is not understood: %s: update the client, or ask the operator whether this is the right address", plain(err.Error())))
 	}
 	return nil
+}
+
+var errTooLong = fmt.Errorf("its answer is longer than %d bytes: this is no perimeterd gate: ask the operator whether it is the right address", maxReply)
+
+// explain says why there is no answer.
+func (g *gateConn) explain(ctx context.Context, err, writeErr error) error {
+	var network net.Error
+	switch {
+	case ctx.Err() != nil:
+		return fmt.Errorf("the gate gave no answer in time: %w: try again, or tell the operator", ctx.Err())
+	case g.bounded.N <= 0:
+		return errTooLong
+	case errors.As(err, &network) || writeErr != nil || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF):
+		return explainTLS(errors.Join(err, writeErr))
+	}
+	return fmt.Errorf("what it says is not an answer in HTTP: %s: ask the operator whether this is the right address", plain(err.Error()))
+}
+
+// at names the gate that an error is of. What it refuses is refused wherever.
+func at(conn net.Conn, err error) error {
+	if permanent(err) {
+		return err
+	}
+	return fmt.Errorf("gate %v: %w", conn.RemoteAddr(), err)
 }
 
 func apiError(resp *http.Response, text []byte) error {
 	var e vpn.ErrorReply
 	if json.Unmarshal(text, &e) != nil || e.Error == nil || e.Error.Code == "" {
-		return fmt.Errorf("the gate answered %s, and nothing else that is understood", resp.Status)
+		return fmt.Errorf("the gate answered %s, and nothing else that is understood", plain(resp.Status))
 	}
 	e.Error.Status = resp.StatusCode
+	e.Error.Message, e.Error.Fix = plain(e.Error.Message), plain(e.Error.Fix)
 	e.Error.RetryAfter, _ = strconv.Atoi(resp.Header.Get("Retry-After"))
 	return e.Error
+}
+
+// plain is what a gate says as a terminal may show it.
+func plain(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return ' '
+	}, s)
+	return fmt.Sprintf("%.300s", s)
 }
 
 // checkReply refuses what would bend routes or lengths, although it comes from the authenticated gate.
@@ -220,6 +271,8 @@ type alertText struct {
 	text  string
 }
 
+const noVersion = tls.AlertError(70)
+
 // explainTLS puts errors of the handshake, and of the first read after it, into words.
 func explainTLS(err error) error {
 	var op *net.OpError
@@ -229,7 +282,18 @@ func explainTLS(err error) error {
 				return &RefusedError{a.code, a.text}
 			}
 		}
+		if op.Err.Error() == noVersion.Error() {
+			return errors.New("it speaks no TLS 1.3: this is no perimeterd gate: ask the operator whether it is the right address")
+		}
 		return fmt.Errorf("the gate refuses the connection: %w", err)
+	}
+	var notTLS tls.RecordHeaderError
+	if errors.As(err, &notTLS) {
+		return errors.New("what answers there does not speak TLS: ask the operator whether this is the right address; a network may also want you to sign in first")
+	}
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded) {
+		return fmt.Errorf("it takes connections, and says nothing: the daemon there hangs, or a network on the way swallows large packets: "+
+			"tell the operator, or try another network: %w", err)
 	}
 	var authority x509.UnknownAuthorityError
 	if errors.As(err, &authority) {
@@ -245,5 +309,5 @@ func explainTLS(err error) error {
 		return fmt.Errorf("the gate's certificate is not valid at this clock's time, %s: correct the clock, or tell the operator: %w",
 			time.Now().Format(time.DateTime), err)
 	}
-	return fmt.Errorf("the gate closed the connection: %w", err)
+	return fmt.Errorf("the gate closed the connection (%w): try again; if it stays so, tell the operator", err)
 }

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 
 	"filippo.io/age"
 	"filippo.io/age/armor"
@@ -19,7 +21,7 @@ import (
 func Dir() (string, error) {
 	base, err := os.UserConfigDir()
 	if err != nil {
-		return "", fmt.Errorf("no place for profiles: %w", err)
+		return "", fmt.Errorf("no place for profiles: %w: set one of them", err)
 	}
 	return filepath.Join(base, "perimeter"), nil
 }
@@ -31,9 +33,26 @@ func makeDir() (string, error) {
 		return "", err
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", err
+		return "", unwritable(err)
 	}
-	return dir, os.Chmod(dir, 0o700)
+	// Only where it must: the directory may be read-only, and good enough to read from.
+	if st, err := os.Stat(dir); err == nil && st.Mode().Perm() == 0o700 {
+		return dir, nil
+	}
+	return dir, unwritable(os.Chmod(dir, 0o700))
+}
+
+// unwritable adds the way out where the disk is full, or closed to who asks.
+func unwritable(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return fmt.Errorf("%w: make room there", err)
+	case errors.Is(err, syscall.EROFS), errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("%w: make it writable for you, or set XDG_CONFIG_HOME to a directory that is", err)
+	}
+	return err
 }
 
 // Names lists the profiles in Dir.
@@ -50,13 +69,16 @@ func Names() ([]string, error) {
 }
 
 func defaultName(dir string) (string, error) {
-	chosen, err := os.ReadFile(filepath.Join(dir, "default"))
-	if err == nil {
-		return strings.TrimSpace(string(chosen)), nil
-	}
 	names, err := Names()
 	if err != nil {
 		return "", err
+	}
+	if chosen, err := os.ReadFile(filepath.Join(dir, "default")); err == nil {
+		name := strings.TrimSpace(string(chosen))
+		if !slices.Contains(names, name) {
+			return "", fmt.Errorf("the default profile, %q, is not in %s any more: choose another: vpn use NAME (%s)", name, dir, strings.Join(names, ", "))
+		}
+		return name, nil
 	}
 	switch len(names) {
 	case 1:
@@ -87,15 +109,17 @@ func Use(name string) error {
 func writePrivate(file string, content []byte) error {
 	f, err := os.CreateTemp(filepath.Dir(file), ".new-*") // 0600 by itself
 	if err != nil {
-		return err
+		return fmt.Errorf("%s is not written: %w", file, unwritable(err))
 	}
 	defer os.Remove(f.Name()) // gone already when all went well
-	_, err = f.Write(content)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
+	if _, err = f.Write(content); err == nil {
+		err = f.Sync()
 	}
-	if err := os.Rename(f.Name(), file); err != nil {
-		return err
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(f.Name(), file)
+	}
+	if err != nil {
+		return fmt.Errorf("%s is not written: %w", file, unwritable(err))
 	}
 	return syncDir(filepath.Dir(file))
 }
@@ -122,10 +146,11 @@ func OpenToOthers(file string) error {
 func Import(src string, passphrase func() ([]byte, error), force bool) (*Profile, string, error) {
 	f, err := os.Open(src)
 	if err != nil {
-		return nil, "", err
+		return nil, "", fmt.Errorf("profile: %w", err)
 	}
 	defer f.Close()
 	text, err := readBounded(f)
+	text = bytes.TrimPrefix(text, []byte("\xef\xbb\xbf")) // some editors put a byte order mark there
 	if err == nil && isEncrypted(text) {
 		text, err = decrypt(text, passphrase)
 	}
@@ -153,7 +178,10 @@ func Import(src string, passphrase func() ([]byte, error), force bool) (*Profile
 	old, err := os.ReadFile(dst)
 	switch {
 	case err == nil && bytes.Equal(old, text):
-		return p, dst, os.Chmod(dst, 0o600)
+		if OpenToOthers(dst) != nil {
+			err = unwritable(os.Chmod(dst, 0o600))
+		}
+		return p, dst, err
 	case err == nil && !force:
 		return nil, "", fmt.Errorf("%s: %w, with other content: replace it with --force, if you mean to", dst, ErrExists)
 	case err != nil && !errors.Is(err, os.ErrNotExist):
@@ -164,6 +192,12 @@ func Import(src string, passphrase func() ([]byte, error), force bool) (*Profile
 		err = os.Remove(waiting)
 	}
 	return p, dst, err
+}
+
+// OpenLog opens the file of LogFile anew.
+func OpenLog(name string) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|os.O_APPEND, 0o600)
+	return f, unwritable(err)
 }
 
 const ageIntro = "age-encryption.org/v1\n"

@@ -73,7 +73,7 @@ func (t *Tokens) Next(now time.Time) (token knock.Token, err error) {
 	}
 	f, err := os.OpenFile(t.file, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return token, fmt.Errorf("token state: %w", err)
+		return token, fmt.Errorf("token state: %w", unwritable(err))
 	}
 	defer f.Close()
 	if err := lockFile(f, true); err != nil {
@@ -89,7 +89,7 @@ func (t *Tokens) Next(now time.Time) (token knock.Token, err error) {
 	}
 	// Fixed width: a shorter line over a longer one leaves no tail. Written before the token leaves.
 	if _, err := f.WriteAt(fmt.Appendf(nil, "%020d %02x\n", s.step, s.mask), 0); err != nil {
-		return token, fmt.Errorf("token state: %w", err)
+		return token, fmt.Errorf("token state: %w", unwritable(err))
 	}
 	return knock.NewToken(t.secret, t.server, s.step, index), nil
 }

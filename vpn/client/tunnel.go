@@ -107,7 +107,7 @@ func (t *Tunnel) open(ctx context.Context, o Options, replaces *Tunnel) error {
 	// The token leaves first; keys are worked out while it travels.
 	reached := make(chan dialed, 1)
 	go func() {
-		d := Dialer{o.Profile, o.Tokens, t.wire.token, o.Progress}
+		d := Dialer{Profile: o.Profile, Tokens: o.Tokens, SendToken: t.wire.token, Progress: o.Progress}
 		conn, err := d.Dial(ctx)
 		reached <- dialed{conn, err}
 	}()

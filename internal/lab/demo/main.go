@@ -7,6 +7,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
+	"net/http"
 	"os"
 	"os/signal"
 	"strings"
@@ -74,12 +76,20 @@ func demo(ctx context.Context) error {
 		s.bold, s.dim, s.ok, s.off = "\x1b[1m", "\x1b[2m", "\x1b[32m", "\x1b[0m"
 	}
 	s.title("Three hosts in network namespaces: client ── %v round trip ── bastion ── cloud", 2*delay)
-	l, err := lab.New(ctx, lab.Options{Delay: delay})
+	l, err := lab.New(ctx, lab.Options{Delay: delay, RouteViaBastion: true}) // so that the laptop has a way past the proxy
 	if err != nil {
 		return err
 	}
 	defer l.Close()
-	cloud, err := l.StartCloud(lab.CloudOptions{Names: []string{site}})
+	pinned := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		from, _, _ := net.SplitHostPort(r.RemoteAddr)
+		if from != l.Egress.String() {
+			http.Error(w, "AccessDenied: explicit deny, aws:SourceIp "+from+" is not "+l.Egress.String()+"/32", http.StatusForbidden)
+			return
+		}
+		fmt.Fprintf(w, "seen from %s\n", from)
+	})
+	cloud, err := l.StartCloud(lab.CloudOptions{Names: []string{site}, Sites: map[string]http.Handler{site: pinned}})
 	if err != nil {
 		return err
 	}
@@ -141,9 +151,10 @@ func demo(ctx context.Context) error {
 	s.proved("the cloud host saw %v, the one egress address", l.Egress)
 
 	s.title("4. The same from outside")
-	if _, _, err = s.show("curl --max-time 2 https://"+site+"/          (alice's laptop, not through the proxy)",
-		alice.Command(ctx, "curl", "-sS", "--max-time", "2", "--cacert", cloud.CAFile, "--resolve", site+":443:"+l.Cloud.Addr.String(), "https://"+site+"/")); err == nil {
-		return errors.New("it was reached directly")
+	out, _, err = s.show("curl https://"+site+"/          (alice's laptop, past the proxy; the cloud has a policy)",
+		alice.Command(ctx, "curl", "-sS", "--fail-with-body", "--max-time", "5", "--cacert", cloud.CAFile, "--resolve", site+":443:"+l.Cloud.Addr.String(), "https://"+site+"/"))
+	if err == nil || !strings.Contains(out, "AccessDenied") {
+		return fmt.Errorf("past the proxy the cloud host did not refuse: %v", err)
 	}
 	route := stranger.Command(ctx, "ip", "route", "add", "10.77.0.0/16", "via", l.Bastion.Addr.String())
 	if out, err := route.CombinedOutput(); err != nil {
@@ -158,10 +169,16 @@ func demo(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if n := len(cloud.Requests()); n != 1 || !strings.Contains(out, "filtered") {
-		return fmt.Errorf("the cloud host got %d requests, not the one through the proxy", n)
+	through := 0
+	for _, r := range cloud.Requests() {
+		if r.From.Addr() == l.Egress {
+			through++
+		}
 	}
-	s.proved("refused every time; the cloud host got one request in all, alice's")
+	if through != 1 || !strings.Contains(out, "filtered") {
+		return fmt.Errorf("%d requests left the egress address, not alice's alone", through)
+	}
+	s.proved("refused every time: by the cloud's policy, by the tunnel's address, by the closed port; one request left %v, alice's", l.Egress)
 
 	s.title("5. What the bastion's log says of it")
 	for _, msg := range []string{"window opened", "session began", "proxy"} {

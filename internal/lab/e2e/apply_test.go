@@ -132,7 +132,7 @@ func TestTrialIsConfirmedOrRolledBack(t *testing.T) {
 	s := newStage(t, lab.Options{})
 	s.listenOnBastion(22)
 	s.refused("--confirm 1s: want from 5s to 1h0m0s", "apply", "--confirm", "1s")
-	s.refused("no configuration is on trial: `perimeterd apply --confirm 60s` begins one", "confirm")
+	s.refused("no configuration is on trial: `perimeterd apply --confirm 60s --config ", "confirm")
 	s.cutOff("10m")
 	s.refused("a configuration is on trial until", "apply")
 	s.refused("a configuration is on trial until", "diff")

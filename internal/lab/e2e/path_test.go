@@ -3,6 +3,8 @@ package e2e
 
 import (
 	"context"
+	"fmt"
+	"net"
 	"net/http"
 	"strings"
 	"testing"
@@ -35,7 +37,12 @@ func newStageIn(t *testing.T, l *lab.Lab, settings ...lab.Setting) *stage {
 	t.Cleanup(cancel)
 	s := &stage{Lab: l, t: t, ctx: ctx}
 	var err error
-	if s.cloud, err = s.StartCloud(lab.CloudOptions{Names: []string{cloudName, "evil.example.com", "*.elb.amazonaws.com"}}); err != nil {
+	echo := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		from, _, _ := net.SplitHostPort(r.RemoteAddr)
+		fmt.Fprintln(w, from)
+	})
+	if s.cloud, err = s.StartCloud(lab.CloudOptions{Names: []string{cloudName, "evil.example.com", "*.elb.amazonaws.com", "checkip.amazonaws.com"},
+		Sites: map[string]http.Handler{"checkip.amazonaws.com": echo}}); err != nil {
 		t.Fatal(err)
 	}
 	if s.daemon, err = s.NewDaemon(ctx, settings...); err != nil {

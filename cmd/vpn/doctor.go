@@ -1,0 +1,67 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"perimeterd/vpn/client"
+)
+
+func doctorCommand(load func() (*client.Profile, error)) *cobra.Command {
+	asJSON, timeout, echo := false, 90*time.Second, client.EchoURL
+	c := &cobra.Command{
+		Use: "doctor [HOST[:PORT]]...", Short: "Find out what is wrong between here and the cloud, and what to do about it",
+		Long: "Looks at each step of the way: the state directory, network and name, knock, gate, clock, certificate, session, UDP, tunnel,\n" +
+			"proxy, egress address, and the shell's proxy variables; and at each HOST through the proxy, port 443 if none is given.\n" +
+			"The tunnel is left as it is. Where it is down, a session of its own is tried and ended, if the certificate has no other.\n" +
+			"Where no knock is answered, tokens of other times find out whether a clock is off.\n\n" +
+			"Exit status: 0 all is well (there may be warnings), 1 something is not, 2 the command line is wrong.",
+		Example: "  vpn doctor\n  vpn doctor s3.us-east-1.amazonaws.com     why is this one not reached?",
+		RunE: func(_ *cobra.Command, args []string) error {
+			p, err := load()
+			if err != nil {
+				return err
+			}
+			ctx, stop := interrupted()
+			defer stop()
+			ctx, cancel := context.WithTimeout(ctx, timeout)
+			defer cancel()
+			d := client.Doctor{Profile: p, Now: time.Now, Environ: os.Environ(), Echo: echo}
+			for _, a := range args {
+				if _, _, err := net.SplitHostPort(a); err != nil {
+					a = net.JoinHostPort(strings.Trim(a, "[]"), "443")
+				}
+				d.Destinations = append(d.Destinations, a)
+			}
+			if !asJSON {
+				d.Found = func(f client.Finding) { fmt.Println(f) }
+			}
+			report := d.Examine(ctx)
+			if err := ctx.Err(); err != nil {
+				return fmt.Errorf("not finished: %w", err)
+			}
+			if asJSON {
+				out := json.NewEncoder(os.Stdout)
+				out.SetIndent("", "  ")
+				if err := out.Encode(report); err != nil {
+					return err
+				}
+			}
+			if !report.Healthy {
+				return exitStatus(exitFailed)
+			}
+			return nil
+		},
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	c.Flags().DurationVar(&timeout, "timeout", timeout, "give up after so long")
+	c.Flags().StringVar(&echo, "echo", echo, "`URL` that answers with the address it sees")
+	return c
+}
