@@ -108,12 +108,9 @@ func (g *gateConn) do(ctx context.Context, method, path string, body, reply any)
 	}
 	defer resp.Body.Close()
 	g.proven = true
-	text, err := io.ReadAll(io.LimitReader(resp.Body, maxReply+1))
+	text, err := readReply(resp)
 	if err != nil {
-		return fmt.Errorf("the gate's answer broke off: %w", err)
-	}
-	if len(text) > maxReply {
-		return fmt.Errorf("the gate's answer is longer than %d bytes: is this a perimeterd gate?", maxReply)
+		return err
 	}
 	if resp.StatusCode/100 != 2 {
 		return apiError(resp, text)
@@ -125,6 +122,26 @@ func (g *gateConn) do(ctx context.Context, method, path string, body, reply any)
 		return fmt.Errorf("the gate's answer is not understood: %w: update the client", err)
 	}
 	return nil
+}
+
+func readReply(resp *http.Response) ([]byte, error) {
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxReply+1))
+	if err != nil {
+		return nil, fmt.Errorf("the gate's answer broke off: %w", err)
+	}
+	if len(text) > maxReply {
+		return nil, fmt.Errorf("the gate's answer is longer than %d bytes: is this a perimeterd gate?", maxReply)
+	}
+	return text, nil
+}
+
+// refusal is an answer that is no success.
+func refusal(resp *http.Response) error {
+	text, err := readReply(resp)
+	if err != nil {
+		return err
+	}
+	return apiError(resp, text)
 }
 
 func apiError(resp *http.Response, text []byte) error {

@@ -18,6 +18,7 @@ import (
 	"syscall"
 	"time"
 
+	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
 
@@ -50,10 +51,12 @@ type Tunnel struct {
 	PostQuantum bool // the preshared key travelled under X25519MLKEM768
 	Gate        netip.AddrPort
 
-	link Link
-	wire *wire
-	dev  *device.Device
-	peer *device.Peer
+	link      Link
+	wire      *wire
+	dev       *device.Device
+	peer      *device.Peer
+	responded bool          // the reply had the handshake's response in it
+	endpoint  conn.Endpoint // the gate's, UDP: the only one that the device knows
 }
 
 // initiationLife is how long an initiation is good for the request: after five seconds the device makes another, and
@@ -125,7 +128,12 @@ func (t *Tunnel) open(ctx context.Context, o Options, replaces *Tunnel) error {
 	if err != nil {
 		return err
 	}
-	defer g.Close()
+	streaming := false
+	defer func() {
+		if !streaming {
+			g.Close()
+		}
+	}()
 	if time.Since(began) > initiationLife {
 		t.peer.ExpireCurrentKeypairs() // lets it make another at once
 		if initiation, err = t.initiate(o.Profile.typed.serverKey); err != nil {
@@ -149,13 +157,19 @@ func (t *Tunnel) open(ctx context.Context, o Options, replaces *Tunnel) error {
 	if err = checkReply(&t.Session); err == nil {
 		err = t.complete(ctx, o, replaces != nil)
 	}
-	switch {
-	case err != nil: // a session of no use to anybody
+	if err != nil { // a session of no use to anybody
 		endOn(ctx, g, t.Session.ID, o.Log)
-	case replaces != nil:
+		return err
+	}
+	if replaces != nil {
 		endOn(ctx, g, replaces.Session.ID, o.Log)
 	}
-	return err
+	// The connection goes on as the tunnel's way, until UDP has answered.
+	streaming = true
+	if err := t.attach(g, func(error) {}); err != nil {
+		o.Log.Debug("no stream", "error", err)
+	}
+	return t.waitKeys(ctx)
 }
 
 func endOn(ctx context.Context, g *gateConn, id string, log *slog.Logger) {
@@ -202,10 +216,11 @@ func (t *Tunnel) complete(ctx context.Context, o Options, takeOver bool) error {
 	_, port, _ := splitEndpoint(s.Endpoint)
 	// The gate answered at this address, whatever it calls itself; the window is open there.
 	t.Gate = netip.AddrPortFrom(t.Gate.Addr().Unmap(), port)
-	ep, err := t.wire.ParseEndpoint(t.Gate.String())
-	if err != nil {
+	var err error
+	if t.endpoint, err = t.wire.ParseEndpoint(t.Gate.String()); err != nil {
 		return err
 	}
+	t.wire.gate.Store(&t.Gate)
 	key, response := wgKey(s.ServerPublicKey), s.Response
 	if key != o.Profile.typed.serverKey { // rotated since the profile was made: the initiation was for another
 		if err := t.dev.IpcSet("public_key=" + o.Profile.typed.serverKey.hex() + "\nremove=true\n"); err != nil {
@@ -226,24 +241,21 @@ func (t *Tunnel) complete(ctx context.Context, o Options, takeOver bool) error {
 		return err
 	}
 	s.PresharedKey, s.Response = nil, nil
-	t.peer.SetEndpointFromPacket(ep)
-	if response != nil {
-		if err := t.wire.Inject(response, ep); err != nil {
+	t.peer.SetEndpointFromPacket(t.endpoint)
+	if t.responded = response != nil; t.responded {
+		if err := t.wire.Inject(response, t.endpoint); err != nil {
 			return err
 		}
 	}
 	if err := t.link.Configure(s.Address.Addr(), s.Proxy.Addr(), s.MTU, takeOver); err != nil {
 		return err
 	}
-	if err := t.waitKeys(ctx, response != nil); err != nil {
-		return err
-	}
 	return t.dev.IpcSet(fmt.Sprintf("public_key=%s\nupdate_only=true\npersistent_keepalive_interval=%d\n", key.hex(), s.Keepalive))
 }
 
-// waitKeys returns when the device has keys: from the reply's response, or else from a handshake by UDP.
-func (t *Tunnel) waitKeys(ctx context.Context, responded bool) error {
-	if responded {
+// waitKeys returns when the device has keys: from the reply's response, or else from a handshake.
+func (t *Tunnel) waitKeys(ctx context.Context) error {
+	if t.responded {
 		select {
 		case <-t.wire.keyed:
 			return nil
@@ -260,7 +272,8 @@ func (t *Tunnel) waitKeys(ctx context.Context, responded bool) error {
 	case <-t.wire.keyed:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("the gate gave a session, but UDP port %d of %v does not answer: a network on the way seems to block UDP", t.Gate.Port(), t.Gate.Addr())
+		return fmt.Errorf("the gate gave a session, but UDP port %d of %v does not answer, and the gate takes no packets by TLS: "+
+			"a network on the way seems to block UDP", t.Gate.Port(), t.Gate.Addr())
 	}
 }
 
@@ -309,15 +322,15 @@ func (t *Tunnel) Stats() (s Stats) {
 // revive knocks and shakes hands again, in one flight and from the tunnel's socket: the gate follows the tunnel to where
 // this machine is now, and connections inside it live on.
 func (t *Tunnel) revive(tokens *Tokens, tunnelPort uint16) error {
-	token, err := tokens.Next(time.Now())
+	token, err := tokens.Repeated(t.Gate.Addr(), time.Now())
 	if err == nil {
 		err = t.wire.token(token[:], netip.AddrPortFrom(t.Gate.Addr(), tunnelPort))
 	}
-	return errors.Join(err, t.shake())
+	return errors.Join(err, t.rekey()) // the gate lets a new place stay by a handshake alone
 }
 
-// initiateByUDP says whether the device made an initiation: under five seconds after the last one it makes none.
-func (t *Tunnel) initiateByUDP() (bool, error) {
+// initiateAgain says whether the device made an initiation: under five seconds after the last one it makes none.
+func (t *Tunnel) initiateAgain() (bool, error) {
 	before := t.wire.initiation.Load()
 	err := t.peer.SendHandshakeInitiation(false)
 	return t.wire.initiation.Load() != before, err
@@ -325,17 +338,18 @@ func (t *Tunnel) initiateByUDP() (bool, error) {
 
 // shake sends an initiation: a new one, or the last unanswered one again.
 func (t *Tunnel) shake() error {
-	fresh, err := t.initiateByUDP()
+	fresh, err := t.initiateAgain()
 	if i := t.wire.initiation.Load(); !fresh && i != nil {
 		err = errors.Join(err, t.wire.Bind.Send([][]byte{i.datagram}, i.to))
-		go t.wire.resend(i, time.Now())
+		go t.wire.resend(i, time.Now(), func() bool { return t.wire.initiation.Load() == i })
 	}
 	return err
 }
 
-// ask knocks from the tunnel's socket, shakes hands, and asks the gate by TLS whether it knows the session: nil when it
-// does, the gate's refusal as in Open when it does not.
+// ask knocks from the tunnel's socket, shakes hands, and asks the gate by TLS to take the tunnel's packets there. That
+// answers too whether it knows the session: nil, or its refusal as in Open. Packets and handshake do not wait for it.
 func (t *Tunnel) ask(ctx context.Context, o Options) error {
+	began := time.Now()
 	d := Dialer{Profile: o.Profile, Tokens: o.Tokens, SendToken: func(token []byte, to netip.AddrPort) error {
 		return errors.Join(t.wire.token(token, to), t.shake())
 	}}
@@ -347,15 +361,43 @@ func (t *Tunnel) ask(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
-	defer g.Close()
-	if err := g.do(ctx, http.MethodGet, vpn.SessionPath+"/"+t.Session.ID, nil, nil); err != nil {
+	if t.wire.answered.Load() > began.UnixNano() && !t.wire.onStream() { // by UDP, and only a session that stands is answered
+		return g.Close()
+	}
+	answer := make(chan error, 1)
+	if err := t.attach(g, func(err error) { answer <- err }); err != nil {
 		return err
 	}
-	return t.shake() // through the door that is surely open now
+	if err := t.rekey(); err != nil { // through the door that is surely open now
+		return err
+	}
+	select {
+	case err := <-answer:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("the gate gave no answer in time: %w", ctx.Err())
+	}
+}
+
+// rekey shakes hands anew, however short ago the last one was: a gate that was restarted knows no keys.
+func (t *Tunnel) rekey() error {
+	t.peer.ExpireCurrentKeypairs()
+	return t.peer.SendHandshakeInitiation(false)
+}
+
+// tryUDP knocks, and shakes hands by UDP alone: an answer makes it the way.
+func (t *Tunnel) tryUDP(tokens *Tokens, tunnelPort uint16) {
+	if token, err := tokens.Repeated(t.Gate.Addr(), time.Now()); err == nil {
+		_ = t.wire.token(token[:], netip.AddrPortFrom(t.Gate.Addr(), tunnelPort)) // the window may be open without
+	}
+	t.wire.trying.Store(true)
+	defer t.wire.trying.Store(false)
+	_ = t.peer.SendHandshakeInitiation(false) // the next try comes
 }
 
 // Close ends the tunnel here. The peers go first: the device would write to a closed interface.
 func (t *Tunnel) Close() {
+	t.wire.leave()
 	t.dev.RemoveAllPeers()
 	t.dev.Close()
 }
