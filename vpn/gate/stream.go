@@ -110,7 +110,7 @@ func (g *Gate) stream(w http.ResponseWriter, r *http.Request, id identity.Identi
 	go func() {
 		defer g.streams.drop(s.ID, c)
 		began := time.Now()
-		err := c.Run(nil, c, g.tunnel.only(s.PublicKey))
+		err := c.Run(nil, c.Stream, g.tunnel.only(s.PublicKey))
 		g.log.Debug("stream ended", "session", s.ID, "user", s.User, "source", outer(r), "after", time.Since(began), "err", err)
 	}()
 	return nil
