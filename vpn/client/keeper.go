@@ -114,8 +114,26 @@ func (k *Keeper) Await(ctx context.Context, confirmed bool) error {
 	}
 }
 
+// Leave takes the tunnel down here. The session stands, and is kept for the next time.
+func (k *Keeper) Leave() {
+	k.mu.Lock()
+	t := k.tunnel
+	k.mu.Unlock()
+	t.Close()
+}
+
+// keep writes the session down, so that the tunnel comes up in one round trip the next time.
+func (k *Keeper) keep(t *Tunnel) {
+	if err := t.keep(k.options().Profile); err != nil {
+		k.Log.Warn("the session is not kept for the next time", "error", err)
+	}
+}
+
 // Stop takes the tunnel down, here and at the gate.
 func (k *Keeper) Stop() {
+	if err := dropKept(k.options().Profile); err != nil {
+		k.Log.Warn("a session that ends is still kept", "error", err)
+	}
 	k.mu.Lock()
 	t := k.tunnel
 	k.mu.Unlock()
@@ -223,6 +241,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 	tick := time.NewTicker(beat)
 	defer tick.Stop()
 	t := k.tunnel
+	k.keep(t)
 	v := vitals{renewAt: renewTime(k.since, t.Session.Expires)}
 	failures := 0
 	began := time.Now()
@@ -264,6 +283,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 			renewing, renewalAt = nil, k.Now().Add(renewalPause(err, k.options().Profile.Expires().Sub(k.Now())))
 			if err == nil {
 				renewedFor = t
+				k.keep(t)
 			} else if ctx.Err() == nil {
 				k.unrenewed(err)
 			}
@@ -389,6 +409,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 				break
 			}
 			k.adopt(fresh).Close()
+			k.keep(fresh)
 			k.Log.Info("new session", "session", fresh.Session.ID, "address", fresh.Session.Address, "expires", fresh.Session.Expires)
 			t, place, probeAt, asking, known = fresh, newPlace(fresh.Gate, k.Now(), time.Since(began)), time.Time{}, nil, time.Time{}
 			// A session whose packets do not come back is no reason to ask for the next one at once.
@@ -493,6 +514,9 @@ func (k *Keeper) blocked(t *Tunnel) {
 // refuse notes that only another certificate helps. The interface stays: without it, what programs send to the proxy
 // would leave outside the tunnel.
 func (k *Keeper) refuse(err error) {
+	if err := dropKept(k.options().Profile); err != nil {
+		k.Log.Warn("a session that was refused is still kept", "error", err)
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.state, k.problem, k.data = Refused, err.Error(), DataUnknown

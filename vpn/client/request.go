@@ -36,9 +36,10 @@ var sharedSpace = netip.MustParsePrefix("100.64.0.0/10")
 // although the request could not be written.
 type gateConn struct {
 	*tls.Conn
-	replies *bufio.Reader
-	name    string
-	proven  bool // the gate has answered a request: it accepts the certificate
+	replies   *bufio.Reader
+	name      string
+	roundTrip time.Duration // as the handshake took it
+	proven    bool          // the gate has answered a request: it accepts the certificate
 }
 
 // checkDates finds out before any packet what the gate would refuse.
@@ -64,11 +65,12 @@ func (p *Profile) handshake(ctx context.Context, conn net.Conn) (*gateConn, erro
 		RootCAs:      p.typed.roots,
 		Certificates: []tls.Certificate{p.typed.identity},
 	})
+	began := time.Now()
 	if err := c.HandshakeContext(ctx); err != nil {
 		conn.Close()
 		return nil, explainTLS(err)
 	}
-	return &gateConn{Conn: c, replies: bufio.NewReader(c), name: p.ServerID}, nil
+	return &gateConn{Conn: c, replies: bufio.NewReader(c), name: p.ServerID, roundTrip: time.Since(began)}, nil
 }
 
 // postQuantum tells whether what travels here is safe from a later quantum computer.

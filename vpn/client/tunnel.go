@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"context"
 	"crypto/ecdh"
-	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -51,12 +50,16 @@ type Tunnel struct {
 	PostQuantum bool // the preshared key travelled under X25519MLKEM768
 	Gate        netip.AddrPort
 
-	link      Link
-	wire      *wire
-	dev       *device.Device
-	peer      *device.Peer
-	responded bool          // the reply had the handshake's response in it
-	endpoint  conn.Endpoint // the gate's, UDP: the only one that the device knows
+	link       Link
+	wire       *wire
+	dev        *device.Device
+	peer       *device.Peer
+	private    *ecdh.PrivateKey
+	shared     []byte        // the preshared key
+	roundTrip  time.Duration // to the gate, as it was when the tunnel came up
+	configured bool          // the link is
+	responded  bool          // the reply had the handshake's response in it
+	endpoint   conn.Endpoint // the gate's, UDP: the only one that the device knows
 }
 
 // initiationLife is how long an initiation is good for the request: after five seconds the device makes another, and
@@ -76,65 +79,99 @@ func Open(ctx context.Context, o Options, replaces *Tunnel) (*Tunnel, error) {
 	if err := o.Profile.checkDates(time.Now()); err != nil {
 		return nil, err
 	}
+	var k *kept
+	if replaces == nil {
+		k = loadKept(o.Profile, time.Now())
+	}
+	t, err := openWith(ctx, o, replaces, k, nil)
+	if stale := (errStale{}); errors.As(err, &stale) {
+		if err := dropKept(o.Profile); err != nil {
+			o.Log.Warn("the kept session is of no use, and stays", "error", err)
+		}
+		return openWith(ctx, o, replaces, nil, stale.gate)
+	}
+	return t, err
+}
+
+// openWith opens with what there is: a session that was kept, and a connection to the gate.
+func openWith(ctx context.Context, o Options, replaces *Tunnel, k *kept, g *gateConn) (*Tunnel, error) {
 	link, err := o.NewLink()
 	if err != nil {
 		return nil, err
 	}
 	t := &Tunnel{link: link, wire: newWire()}
+	t.wire.onUDP = o.Tokens.Answered
 	t.dev = device.NewDevice(newQuietTUN(link), t.wire, &device.Logger{
 		Verbosef: device.DiscardLogf,
 		Errorf:   func(format string, a ...any) { o.Log.Debug(fmt.Sprintf(format, a...)) },
 	})
-	if err := t.open(ctx, o, replaces); err != nil {
+	if err := t.open(ctx, o, replaces, k, g); err != nil {
 		t.Close()
 		return nil, err
 	}
 	return t, nil
 }
 
-func (t *Tunnel) open(ctx context.Context, o Options, replaces *Tunnel) error {
-	private, err := ecdh.X25519().GenerateKey(rand.Reader) // of this session alone: the gate takes no key twice
-	if err != nil {
+func (t *Tunnel) open(ctx context.Context, o Options, replaces *Tunnel, k *kept, g *gateConn) (err error) {
+	ours := true // the connection is to be closed here
+	defer func() {
+		if g != nil && ours {
+			g.Close()
+		}
+	}()
+	if t.private, err = k.privateKey(); err != nil {
 		return err
 	}
 	if t.Interface, err = t.link.Name(); err != nil {
 		return err
 	}
-	if err := t.dev.IpcSet("private_key=" + hex.EncodeToString(private.Bytes()) + "\n"); err != nil {
+	if err := t.dev.IpcSet("private_key=" + hex.EncodeToString(t.private.Bytes()) + "\n"); err != nil {
 		return err
 	}
 	if err := t.dev.Up(); err != nil {
 		return fmt.Errorf("UDP socket: %w", err)
 	}
+	if k != nil {
+		if up, err := t.warm(ctx, o, k); up || err != nil {
+			return err
+		}
+		_ = t.rekey() // the answer may have been lost; by TLS goes what UDP does not answer
+	}
 
 	// The token leaves first; keys are worked out while it travels.
-	reached := make(chan dialed, 1)
-	go func() {
-		d := Dialer{o.Profile, o.Tokens, t.wire.token, o.Progress}
-		conn, err := d.Dial(ctx)
-		reached <- dialed{conn, err}
-	}()
+	var way <-chan reached
+	if g == nil {
+		reaching, cancel := context.WithCancel(ctx)
+		defer cancel()
+		way = t.reach(reaching, o)
+	}
 	began := time.Now()
-	initiation, err := t.initiate(o.Profile.typed.serverKey)
-	r := <-reached
-	if r.err != nil {
-		return r.err
-	}
-	if err != nil {
-		r.conn.Close()
-		return err
-	}
-	g, err := o.Profile.handshake(ctx, r.conn)
-	if err != nil {
-		return err
-	}
-	streaming := false
-	defer func() {
-		if !streaming {
-			g.Close()
+	var initiation []byte
+	if k == nil {
+		if initiation, err = t.initiate(o.Profile.typed.serverKey); err != nil {
+			return err
 		}
-	}()
-	if time.Since(began) > initiationLife {
+	}
+	if way != nil {
+		keyed := t.wire.keyed
+		if k == nil {
+			keyed = nil
+		}
+		select {
+		case r := <-way:
+			if g, err = r.gate, r.err; err != nil {
+				return err
+			}
+		case <-keyed:
+			go func() {
+				if r := <-way; r.gate != nil {
+					r.gate.Close()
+				}
+			}()
+			return t.welcome(o)
+		}
+	}
+	if k != nil || time.Since(began) > initiationLife {
 		t.peer.ExpireCurrentKeypairs() // lets it make another at once
 		if initiation, err = t.initiate(o.Profile.typed.serverKey); err != nil {
 			return err
@@ -144,18 +181,28 @@ func (t *Tunnel) open(ctx context.Context, o Options, replaces *Tunnel) error {
 	if name == "" {
 		name, _ = os.Hostname()
 	}
-	request := vpn.SessionRequest{PublicKey: private.PublicKey().Bytes(), Initiation: initiation, Device: name[:min(len(name), 64)]}
-	if err := g.do(ctx, http.MethodPost, vpn.SessionPath, request, &t.Session); err != nil {
+	request := vpn.SessionRequest{PublicKey: t.private.PublicKey().Bytes(), Initiation: initiation, Device: name[:min(len(name), 64)]}
+	var reply vpn.SessionReply
+	if err := g.do(ctx, http.MethodPost, vpn.SessionPath, request, &reply); err != nil {
+		var api *vpn.APIError
+		if k != nil && errors.As(err, &api) && api.Code == vpn.CodeKeyBound {
+			ours = false
+			return errStale{g}
+		}
+		if certificateRefused(err) {
+			err = errors.Join(err, dropKept(o.Profile))
+		}
 		return err
 	}
+	t.Session = reply
 	o.Profile.accepted()
 	if o.Progress != nil {
 		o.Progress("certificate accepted")
 	}
-	t.PostQuantum = g.postQuantum()
-	t.Gate = r.conn.RemoteAddr().(*net.TCPAddr).AddrPort()
+	t.PostQuantum, t.roundTrip = g.postQuantum(), g.roundTrip
+	t.Gate = g.RemoteAddr().(*net.TCPAddr).AddrPort()
 	if err = checkReply(&t.Session); err == nil {
-		err = t.complete(ctx, o, replaces != nil)
+		err = t.complete(o, replaces != nil)
 	}
 	if err != nil { // a session of no use to anybody
 		endOn(ctx, g, t.Session.ID, o.Log)
@@ -165,11 +212,33 @@ func (t *Tunnel) open(ctx context.Context, o Options, replaces *Tunnel) error {
 		endOn(ctx, g, replaces.Session.ID, o.Log)
 	}
 	// The connection goes on as the tunnel's way, until UDP has answered.
-	streaming = true
+	ours = false
 	if err := t.attach(g, func(error) {}); err != nil {
 		o.Log.Debug("no stream", "error", err)
 	}
 	return t.waitKeys(ctx)
+}
+
+// reached is an authenticated connection to the gate, or why there is none.
+type reached struct {
+	gate *gateConn
+	err  error
+}
+
+// reach knocks, connects and authenticates.
+func (t *Tunnel) reach(ctx context.Context, o Options) <-chan reached {
+	to := make(chan reached, 1)
+	go func() {
+		d := Dialer{o.Profile, o.Tokens, t.wire.token, o.Progress}
+		conn, err := d.Dial(ctx)
+		if err != nil {
+			to <- reached{err: err}
+			return
+		}
+		g, err := o.Profile.handshake(ctx, conn)
+		to <- reached{g, err}
+	}()
+	return to
 }
 
 func endOn(ctx context.Context, g *gateConn, id string, log *slog.Logger) {
@@ -211,7 +280,7 @@ func (t *Tunnel) addPeer(key wgKey) error {
 }
 
 // complete turns the reply into a tunnel with keys, address and route.
-func (t *Tunnel) complete(ctx context.Context, o Options, takeOver bool) error {
+func (t *Tunnel) complete(o Options, takeOver bool) error {
 	s := &t.Session
 	_, port, _ := splitEndpoint(s.Endpoint)
 	// The gate answered at this address, whatever it calls itself; the window is open there.
@@ -231,15 +300,10 @@ func (t *Tunnel) complete(ctx context.Context, o Options, takeOver bool) error {
 		}
 		response = nil
 	}
-	config := "public_key=" + key.hex() + "\nupdate_only=true\npreshared_key=" + hex.EncodeToString(s.PresharedKey) + "\n"
-	for _, a := range []netip.AddrPort{s.Proxy, s.Console} {
-		if a.IsValid() {
-			config += "allowed_ip=" + netip.PrefixFrom(a.Addr(), a.Addr().BitLen()).String() + "\n"
-		}
-	}
-	if err := t.dev.IpcSet(config); err != nil {
+	if err := t.dev.IpcSet(peerConfig(s)); err != nil {
 		return err
 	}
+	t.shared = s.PresharedKey
 	s.PresharedKey, s.Response = nil, nil
 	t.peer.SetEndpointFromPacket(t.endpoint)
 	if t.responded = response != nil; t.responded {
@@ -247,10 +311,16 @@ func (t *Tunnel) complete(ctx context.Context, o Options, takeOver bool) error {
 			return err
 		}
 	}
-	if err := t.link.Configure(s.Address.Addr(), s.Proxy.Addr(), s.MTU, takeOver); err != nil {
-		return err
+	if !t.configured {
+		if err := t.link.Configure(s.Address.Addr(), s.Proxy.Addr(), s.MTU, takeOver); err != nil {
+			return err
+		}
 	}
-	return t.dev.IpcSet(fmt.Sprintf("public_key=%s\nupdate_only=true\npersistent_keepalive_interval=%d\n", key.hex(), s.Keepalive))
+	return t.keepAlive()
+}
+
+func (t *Tunnel) keepAlive() error {
+	return t.dev.IpcSet(fmt.Sprintf("public_key=%s\nupdate_only=true\npersistent_keepalive_interval=%d\n", wgKey(t.Session.ServerPublicKey).hex(), t.Session.Keepalive))
 }
 
 // waitKeys returns when the device has keys: from the reply's response, or else from a handshake.

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"hash"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -235,5 +237,81 @@ func TestSecondPortOfTheGate(t *testing.T) {
 	s.awaitTransport("tls")
 	if !there.Load() {
 		t.Error("nothing went to port 443")
+	}
+}
+
+// wild ends alice's client without a word, as a power cut would.
+func (s *stage) wild() {
+	s.t.Helper()
+	s.ok(s.Client.Command(s.ctx, "kill", "-9", fmt.Sprint(s.status(s.alice).PID)))
+	s.patiently("the client is gone", func() bool { return s.status(s.alice).State == "down" })
+}
+
+// A session that stands is taken up again with nothing asked by TLS; one that was kicked is not, and a revoked one is said.
+func TestKeptSessionIsTakenUpAgain(t *testing.T) {
+	s := newStage(t, lab.Options{Delay: 10 * time.Millisecond})
+	s.ok(s.alice.VPN(s.ctx, "up"))
+	s.ok(s.curl("https://" + cloudName + "/"))
+	first := s.status(s.alice)
+	s.wild()
+	var connects atomic.Int32
+	count := func(p lab.Packet) {
+		b := p.Data
+		if p.Direction == lab.FromClient && len(b) >= 40 && b[9] == unix.IPPROTO_TCP && b[33]&0x12 == 2 {
+			connects.Add(1)
+		}
+	}
+	s.Link.OnPacket(count)
+	t.Log(s.ok(s.alice.VPN(s.ctx, "up")))
+	if n := connects.Load(); n != 0 {
+		t.Errorf("%d connects to the gate", n)
+	}
+	s.Link.OnPacket(nil)
+	s.ok(s.curl("https://" + cloudName + "/"))
+	if st := s.status(s.alice); st.Session != first.Session || st.Address != first.Address || !st.PostQuantum {
+		t.Errorf("%+v, want the session of before: %+v", st, first)
+	}
+	// UDP is blocked: the same session by TLS.
+	s.wild()
+	s.Link.SetLoss(isUDP)
+	t.Log(s.ok(s.alice.VPN(s.ctx, "up")))
+	s.ok(s.curl("https://" + cloudName + "/"))
+	if st := s.status(s.alice); st.Session != first.Session {
+		t.Errorf("session %s, want %s", st.Session, first.Session)
+	}
+	s.Link.SetLoss(nil)
+	// Kicked meanwhile.
+	s.wild()
+	if out, err := s.daemon.Perimeterd(s.ctx, "kick", "alice"); err != nil {
+		t.Fatal(out)
+	}
+	t.Log(s.ok(s.alice.VPN(s.ctx, "up")))
+	s.ok(s.curl("https://" + cloudName + "/"))
+	second := s.status(s.alice)
+	if second.Session == first.Session {
+		t.Error("a kicked session was taken up again")
+	}
+	// A command's tunnel leaves it, `down` ends it.
+	s.ok(s.alice.VPN(s.ctx, "down"))
+	if kept, _ := filepath.Glob(filepath.Join(s.alice.Home, ".config", "perimeter", "*.session")); len(kept) != 0 {
+		t.Errorf("kept after down: %v", kept)
+	}
+	s.ok(s.alice.VPN(s.ctx, "exec", "--", "true"))
+	s.patiently("the command's tunnel is gone", func() bool { return s.status(s.alice).State == "down" })
+	kept, _ := filepath.Glob(filepath.Join(s.alice.Home, ".config", "perimeter", "*.session"))
+	if len(kept) != 1 {
+		t.Fatalf("kept after exec: %v", kept)
+	}
+	if st, err := os.Stat(kept[0]); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("%v: mode %v", err, st.Mode())
+	}
+	if out, err := s.daemon.Perimeterd(s.ctx, "user", "revoke", "alice"); err != nil {
+		t.Fatal(out)
+	}
+	if out := s.fails(s.alice.VPN(s.ctx, "up")); !strings.Contains(out, "revoked") {
+		t.Errorf("a revoked user is told: %s", out)
+	}
+	if kept, _ := filepath.Glob(filepath.Join(s.alice.Home, ".config", "perimeter", "*.session")); len(kept) != 0 {
+		t.Errorf("kept after a refusal: %v", kept)
 	}
 }
