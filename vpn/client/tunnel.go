@@ -135,7 +135,6 @@ func (t *Tunnel) open(ctx context.Context, o Options, replaces *Tunnel, k *kept,
 		if up, err := t.warm(ctx, o, k); up || err != nil {
 			return err
 		}
-		_ = t.rekey() // the answer may have been lost; by TLS goes what UDP does not answer
 	}
 
 	// The token leaves first; keys are worked out while it travels.

@@ -34,9 +34,8 @@ const (
 	// keptLeft is what a session must have left to be worth it.
 	keptLeft = time.Minute
 	// The gate's answer is missed a little after a round trip, as long as the last one took.
-	warmAtLeast = 40 * time.Millisecond
-	warmMargin  = 20 * time.Millisecond
-	warmAtMost  = 400 * time.Millisecond
+	warmMargin = 20 * time.Millisecond
+	warmAtMost = 400 * time.Millisecond
 )
 
 // errStale says that the gate does not know the kept session's key any more. Its connection is open, to ask for another.
@@ -104,7 +103,7 @@ func dropKept(p *Profile) error {
 
 // patience is how long the answer to the flight may take.
 func (k *kept) patience() time.Duration {
-	return min(max(k.RoundTrip*5/4+warmMargin, warmAtLeast), warmAtMost)
+	return min(k.RoundTrip*9/8+warmMargin, warmAtMost)
 }
 
 // privateKey is the kept session's, or a new one: the gate takes no key for a second session.
@@ -132,13 +131,8 @@ func (t *Tunnel) warm(ctx context.Context, o Options, k *kept) (bool, error) {
 	}
 	t.wire.gate.Store(&t.Gate)
 	t.peer.SetEndpointFromPacket(t.endpoint)
-	token, err := o.Tokens.Repeated(t.Gate.Addr(), time.Now())
-	if err == nil {
-		t.wire.knock.Store(&knockAt{token[:], netip.AddrPortFrom(t.Gate.Addr(), o.Profile.TunnelPort)})
-		defer t.wire.knock.Store(nil)
-	}
 	began := time.Now()
-	t.wire.sendKnock()
+	t.knock(o) // where it cannot, the window may be open
 	if err := t.peer.SendHandshakeInitiation(false); err != nil {
 		return false, nil // no network, it seems: the longer way says so
 	}
@@ -157,7 +151,17 @@ func (t *Tunnel) warm(ctx context.Context, o Options, k *kept) (bool, error) {
 	case <-ctx.Done():
 		return false, ctx.Err()
 	}
+	// The knock was lost, or the answer. A token that came already opens nothing more, so the same may go again; not before, or
+	// the gate would tell of a replay whenever the way is long.
+	t.knock(o)
+	_ = t.rekey()
 	return false, nil
+}
+
+func (t *Tunnel) knock(o Options) {
+	if token, err := o.Tokens.Repeated(t.Gate.Addr(), time.Now()); err == nil {
+		_ = t.wire.token(token[:], netip.AddrPortFrom(t.Gate.Addr(), o.Profile.TunnelPort))
+	}
 }
 
 // welcome is what is left to do when the kept session has answered.

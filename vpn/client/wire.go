@@ -27,23 +27,10 @@ type wire struct {
 	ways
 	keyed      chan struct{} // gets a token when the device has keys: a transport message left
 	initiation atomic.Pointer[sentInitiation]
-	answered   atomic.Int64            // when the last handshake response came, Unix nanoseconds
-	first      atomic.Int64            // when data left to which nothing has come back, Unix nanoseconds; 0: all is answered
-	last       atomic.Int64            // and the latest since
-	knock      atomic.Pointer[knockAt] // goes before an initiation that is sent again: what was lost may be the knock
-	heard      atomic.Uint64           // bytes of data that came, WireGuard's own included
-}
-
-type knockAt struct {
-	token []byte
-	to    netip.AddrPort
-}
-
-// sendKnock knocks where a knock has still to be answered. One that came twice opens once.
-func (w *wire) sendKnock() {
-	if k := w.knock.Load(); k != nil {
-		_ = w.token(k.token, k.to) // what hinders it hinders the initiation too
-	}
+	answered   atomic.Int64  // when the last handshake response came, Unix nanoseconds
+	first      atomic.Int64  // when data left to which nothing has come back, Unix nanoseconds; 0: all is answered
+	last       atomic.Int64  // and the latest since
+	heard      atomic.Uint64 // bytes of data that came, WireGuard's own included
 }
 
 type sentInitiation struct {
@@ -141,7 +128,6 @@ func (w *wire) resend(i *sentInitiation, start time.Time, wanted func() bool) {
 		if w.answered.Load() > i.at.UnixNano() || !wanted() {
 			return
 		}
-		w.sendKnock()
 		w.Bind.Send([][]byte{i.datagram}, i.to) // an error is that of a closed or unreachable network: the next may do
 	}
 }
