@@ -215,7 +215,10 @@ func (t *Tunnel) open(ctx context.Context, o Options, replaces *Tunnel, k *kept,
 	if err := t.attach(g, func(error) {}); err != nil {
 		o.Log.Debug("no stream", "error", err)
 	}
-	return t.waitKeys(ctx)
+	if err := t.waitKeys(ctx); err != nil {
+		return err
+	}
+	return t.keepAlive()
 }
 
 // reached is an authenticated connection to the gate, or why there is none.
@@ -310,14 +313,13 @@ func (t *Tunnel) complete(o Options, takeOver bool) error {
 			return err
 		}
 	}
-	if !t.configured {
-		if err := t.link.Configure(s.Address.Addr(), s.Proxy.Addr(), s.MTU, takeOver); err != nil {
-			return err
-		}
+	if t.configured {
+		return nil
 	}
-	return t.keepAlive()
+	return t.link.Configure(s.Address.Addr(), s.Proxy.Addr(), s.MTU, takeOver)
 }
 
+// keepAlive begins when there are keys: without, it begins a handshake of its own.
 func (t *Tunnel) keepAlive() error {
 	return t.dev.IpcSet(fmt.Sprintf("public_key=%s\nupdate_only=true\npersistent_keepalive_interval=%d\n", wgKey(t.Session.ServerPublicKey).hex(), t.Session.Keepalive))
 }
@@ -442,6 +444,10 @@ func (t *Tunnel) ask(ctx context.Context, o Options) error {
 	}
 	select {
 	case err := <-answer:
+		var api *vpn.APIError
+		if errors.As(err, &api) && api.Code == vpn.CodeNoStream { // and it knows the session
+			return nil
+		}
 		return err
 	case <-ctx.Done():
 		return fmt.Errorf("the gate gave no answer in time: %w", ctx.Err())

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -81,13 +82,15 @@ func (r *report) times(ctx context.Context, runs int) error {
 	for _, rtt := range append([]time.Duration{0}, roundTrips...) { // the first warms up, and is what the machine itself costs
 		s.Link.SetDelay(rtt / 2)
 		ups, firsts := map[bool][]time.Duration{}, map[bool][]time.Duration{}
-		if _, err := s.up(ctx); err != nil {
-			return err
-		}
 		for range runs {
-			for _, warm := range []bool{true, false} { // warm first: a session stands
-				if err := s.end(ctx, warm); err != nil {
-					return err
+			if err := s.next(ctx); err != nil {
+				return err
+			}
+			for _, warm := range []bool{false, true} {
+				if warm {
+					if err := errors.Join(s.end(ctx, true), s.shut(ctx)); err != nil {
+						return err
+					}
 				}
 				up, err := s.up(ctx)
 				if err != nil {
@@ -99,9 +102,9 @@ func (r *report) times(ctx context.Context, runs int) error {
 				}
 				ups[warm], firsts[warm] = append(ups[warm], up), append(firsts[warm], up+first)
 			}
-		}
-		if err := s.end(ctx, false); err != nil {
-			return err
+			if err := s.end(ctx, false); err != nil {
+				return err
+			}
 		}
 		for _, warm := range []bool{false, true} {
 			ms := float64(rtt) / float64(time.Millisecond)
@@ -133,20 +136,20 @@ func (r *report) losses(ctx context.Context) error {
 	for _, rtt := range roundTrips {
 		s.Link.SetDelay(rtt / 2)
 		for _, warm := range []bool{false, true} {
-			if _, err := s.up(ctx); err != nil {
-				return err
-			}
 			var whole []time.Duration
 			var worst time.Duration
 			var worstAt int
 			for n := 0; ; n++ { // 0: none is lost
-				if err := s.end(ctx, warm); err != nil {
+				if err := s.next(ctx); err != nil {
 					return err
 				}
-				select { // what the last one has still under way
-				case <-time.After(rtt + 20*time.Millisecond):
-				case <-ctx.Done():
-					return ctx.Err()
+				if warm {
+					if _, err := s.up(ctx); err != nil {
+						return err
+					}
+					if err := errors.Join(s.end(ctx, true), s.shut(ctx)); err != nil {
+						return err
+					}
 				}
 				rule, passed := lab.Only(n)
 				if n > 0 {
@@ -157,6 +160,9 @@ func (r *report) losses(ctx context.Context) error {
 				s.Link.SetLoss(nil)
 				if err != nil {
 					return fmt.Errorf("packet %d lost, %s, round trip %v: %w", n, kind(warm), rtt, err)
+				}
+				if err := s.end(ctx, false); err != nil {
+					return err
 				}
 				if n == 0 {
 					whole = append(whole, took)
@@ -170,9 +176,6 @@ func (r *report) losses(ctx context.Context) error {
 				}
 			}
 			r.row(fmt.Sprintf("%s, round trip %v, each packet lost once", kind(warm), rtt), "worst %v (packet %d), without loss %v", bench.Rounded(worst), worstAt, bench.Rounded(whole[0]))
-			if err := s.end(ctx, false); err != nil {
-				return err
-			}
 		}
 	}
 	return nil
