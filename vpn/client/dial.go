@@ -176,7 +176,7 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 	results := make(chan dialed)
 	spent := make(chan struct{}) // closed when all knocks are out, and have had time to open
 	go func() {
-		dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))}
+		dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0)), Control: impatient}
 		attempt := func() {
 			conn, err := dialer.DialContext(ctx, "tcp", to.String())
 			deliver(ctx, results, dialed{conn, err})

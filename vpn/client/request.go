@@ -70,7 +70,7 @@ func (p *Profile) handshake(ctx context.Context, conn net.Conn) (*gateConn, erro
 		conn.Close()
 		return nil, explainTLS(err)
 	}
-	return &gateConn{Conn: c, replies: bufio.NewReader(c), name: p.ServerID, roundTrip: time.Since(began)}, nil
+	return &gateConn{Conn: c, replies: bufio.NewReader(c), name: p.ServerID, roundTrip: min(time.Since(began), tcpRoundTrip(conn))}, nil
 }
 
 // postQuantum tells whether what travels here is safe from a later quantum computer.

@@ -33,8 +33,8 @@ const (
 	maxKept = 16 << 10
 	// keptLeft is what a session must have left to be worth it.
 	keptLeft = time.Minute
-	// The gate's answer is missed a little after a round trip, as long as the last one took.
-	warmMargin = 20 * time.Millisecond
+	// The gate's answer is missed a round trip after the initiation was sent for the second time (resends), and a little more.
+	warmMargin = 45 * time.Millisecond
 	warmAtMost = 400 * time.Millisecond
 )
 

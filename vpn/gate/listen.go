@@ -56,6 +56,7 @@ func (l *capped) Accept() (net.Conn, error) {
 			if t, ok := c.(*net.TCPConn); ok { // requests and answers are small; a caller who reads nothing is felt soon
 				t.SetReadBuffer(socketBuffer)
 				t.SetWriteBuffer(socketBuffer)
+				impatient(t)
 			}
 			return &counted{Conn: c, list: l, known: l.callers, source: source}, nil
 		}
