@@ -116,7 +116,7 @@ func (k *kept) privateKey() (*ecdh.PrivateKey, error) {
 
 // warm knocks and shakes hands in one flight, and says whether the tunnel is up. If not, the device goes on trying.
 func (t *Tunnel) warm(ctx context.Context, o Options, k *kept) (bool, error) {
-	t.Session, t.PostQuantum, t.Gate = k.Session, k.PostQuantum, k.Gate
+	t.Session, t.PostQuantum, t.Gate, t.roundTrip = k.Session, k.PostQuantum, k.Gate, k.RoundTrip
 	key := wgKey(k.Session.ServerPublicKey)
 	if err := t.addPeer(key); err != nil {
 		return false, err

@@ -315,3 +315,25 @@ func TestKeptSessionIsTakenUpAgain(t *testing.T) {
 		t.Errorf("kept after a refusal: %v", kept)
 	}
 }
+
+// Whichever packet of a warm flight is lost, the session is taken up.
+func TestWarmFlightOutlivesALostPacket(t *testing.T) {
+	s := newStage(t, lab.Options{Delay: 25 * time.Millisecond}, lab.Setting{Key: "window", Value: `"1s"`})
+	s.ok(s.alice.VPN(s.ctx, "up"))
+	session := s.status(s.alice).Session
+	for n := 1; n <= 4; n++ {
+		s.wild()
+		s.patiently("the window closes", func() bool {
+			return !strings.Contains(s.ok(s.Bastion.Command(s.ctx, "nft", "list", "map", "inet", "perimeterd", "open4")), "198.18.1.2 ")
+		})
+		rule, lost := lab.Only(n)
+		s.Link.SetLoss(rule)
+		start := time.Now()
+		s.ok(s.alice.VPN(s.ctx, "up"))
+		t.Logf("packet %d lost: %v", n, time.Since(start).Round(time.Millisecond))
+		s.Link.SetLoss(nil)
+		if st := s.status(s.alice); !lost() || st.Session != session {
+			t.Errorf("packet %d lost (%v): session %s, want %s", n, lost(), st.Session, session)
+		}
+	}
+}
