@@ -48,20 +48,24 @@ func (w *wire) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 		byUDP := i < len(fns)-1
 		fns[i] = func(bufs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
 			n, err := receive(bufs, sizes, eps)
+			streaming, data := byUDP && w.onStream(), 0
 			for j := range n {
-				if byUDP {
+				if streaming {
 					w.came(bufs[j][:sizes[j]], eps[j])
 				}
-				// Not authenticated here: a forged one only ends the resending, and leaves silence to WireGuard's timers.
-				if sizes[j] == vpn.ResponseSize && bufs[j][0] == messageResponse {
+				switch {
+				case sizes[j] > 0 && bufs[j][0] == messageTransport:
+					data += sizes[j]
+				case sizes[j] == vpn.ResponseSize && bufs[j][0] == messageResponse:
+					// Not authenticated here: a forged one only ends the resending, and leaves silence to WireGuard's timers.
 					w.answered.Store(time.Now().UnixNano())
 					w.first.Store(0)
 				}
-				if sizes[j] > 0 && bufs[j][0] == messageTransport {
-					if w.first.Load() != 0 {
-						w.first.Store(0)
-					}
-					w.heard.Add(uint64(sizes[j]))
+			}
+			if data > 0 {
+				w.heard.Add(uint64(data))
+				if w.first.Load() != 0 {
+					w.first.Store(0)
 				}
 			}
 			return n, err

@@ -23,6 +23,9 @@ import (
 // speedPort is where the bastion sends bytes for ever.
 const speedPort = 5201
 
+// plainNames are the devices of wireguard-go's own program, which share a directory of sockets.
+var plainNames = [...]string{"plains", "plainc"}
+
 // speeds is a TCP download through our tunnel and through one of wireguard-go's own program, in turn.
 func (r *report) speeds(ctx context.Context) error {
 	bin, err := lab.Bin("wireguard-go")
@@ -37,6 +40,11 @@ func (r *report) speeds(ctx context.Context) error {
 	if _, err := s.up(ctx); err != nil {
 		return err
 	}
+	defer func() {
+		for _, name := range plainNames {
+			os.Remove(filepath.Join("/var/run/wireguard", name+".sock"))
+		}
+	}()
 	if err := s.plain(ctx, bin); err != nil {
 		return err
 	}
@@ -123,7 +131,7 @@ func (s *stage) plain(ctx context.Context, bin string) error {
 		name, peer string
 		config     string
 		key        string
-	}{{ns: s.Bastion, name: "plains", peer: "10.99.0.2/32"}, {ns: s.Client, name: "plainc", peer: "10.99.0.1/32"}}
+	}{{ns: s.Bastion, name: plainNames[0], peer: "10.99.0.2/32"}, {ns: s.Client, name: plainNames[1], peer: "10.99.0.1/32"}}
 	var public [2]string
 	for i := range ends {
 		private, err := exec.CommandContext(ctx, "wg", "genkey").Output()
@@ -140,12 +148,15 @@ func (s *stage) plain(ctx context.Context, bin string) error {
 		public[i] = strings.TrimSpace(string(out))
 	}
 	for i, e := range ends {
+		socket := filepath.Join("/var/run/wireguard", e.name+".sock")
+		if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) { // of a run that was killed
+			return err
+		}
 		c := e.ns.Command(context.WithoutCancel(ctx), bin, "-f", e.name) // it ends with the lab
 		if err := c.Start(); err != nil {
 			return err
 		}
 		go c.Wait()
-		socket := filepath.Join("/var/run/wireguard", e.name+".sock")
 		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 			if _, err := os.Stat(socket); err == nil {
 				break
