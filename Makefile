@@ -7,6 +7,7 @@
 # make bench-limits   what the machine can do without us, half a minute; writes docs/benchmarks.md
 # make test-iam     our evaluator of IAM policies against an independent one from npm, 10,000 cases, half a minute
 # make bench-knock  3,000 knocks over a link with two receive queues, a minute; fails if one of our client's was lost
+# make bench-connect  time to a tunnel and to the first byte, cold and warm, with losses; the tunnel beside wireguard-go; eight minutes; writes docs/benchmarks.md
 # make soak         100,000 knocks at the running daemon, ten minutes; fails if anything grows
 
 SHELL := /bin/bash
@@ -24,7 +25,7 @@ VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod
 CLIENT := ./cmd/knock ./cmd/vpn ./vpn ./vpn/client ./knock
 UNIT := $(GO) list ./... | grep -v internal/lab/e2e
 
-.PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-door bench-sessions bench-limits bench-knock soak clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools soak-tools
+.PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-door bench-sessions bench-limits bench-knock bench-connect soak clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools soak-tools
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
@@ -103,6 +104,12 @@ bench-limits: build
 bench-knock: soak-tools build
 	$(GO) build -o bin/lab-overtake ./internal/lab/overtake
 	bin/lab-overtake
+
+# From `vpn up` to a tunnel and a page. It wants an idle machine.
+bench-connect: test-tools build
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/wireguard-go golang.zx2c4.com/wireguard
+	$(GO) build -o bin/lab-connect ./internal/lab/connect
+	bin/lab-connect
 
 soak: soak-tools build
 	$(GO) build -o bin/lab-soak ./internal/lab/soak

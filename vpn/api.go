@@ -87,6 +87,7 @@ const (
 	CodeNotRenewable = "not_renewable" // 403: the signer does not know it, or not any more
 	CodeYearOver     = "year_over"     // 403: renewals end a year after the enrolment
 	CodeNoSigner     = "no_signer"     // 503: certificates are not renewed here
+	CodeNoStream     = "no_stream"     // 503: tunnel.backend = "kernel" has no streams
 	CodeLimit        = "session_limit" // 503
 	CodePool         = "address_pool"  // 503
 	CodeRate         = "rate"          // 429
@@ -108,7 +109,7 @@ func StatusOf(code string) int {
 		return http.StatusMethodNotAllowed
 	case CodeKeyBound, CodeTooEarly, CodeRenewed:
 		return http.StatusConflict
-	case CodeLimit, CodePool, CodeNoSigner:
+	case CodeLimit, CodePool, CodeNoSigner, CodeNoStream:
 		return http.StatusServiceUnavailable
 	case CodeRate:
 		return http.StatusTooManyRequests

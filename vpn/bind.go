@@ -10,14 +10,17 @@ import (
 	"golang.zx2c4.com/wireguard/conn"
 )
 
-// Bind is WireGuard's UDP bind with one more way in: datagrams that arrived inside something else (today the body of a
-// session request or its reply) enter through Inject, and what the device answers to a Flight leaves through it.
+// Bind is WireGuard's UDP bind with one more way in: datagrams that arrived inside something else. Those in the body of a
+// session request or its reply enter through Inject, and what the device answers to a Flight leaves through it; those of a
+// connection enter and leave through a Stream.
 //
 // Contract with the device (golang.zx2c4.com/wireguard/conn.Bind): Send never blocks on anything but the UDP socket, and
 // receive functions return only net.ErrClosed, since any other error ends the device's receiver for good.
 type Bind struct {
-	udp conn.Bind
-	in  chan injected
+	udp     conn.Bind
+	in      chan injected
+	streams chan streamed
+	frames  sync.Pool
 
 	mu     sync.Mutex
 	closed chan struct{} // nil while closed
@@ -30,15 +33,27 @@ type injected struct {
 	from     conn.Endpoint
 }
 
+type streamed struct {
+	*frame
+	from conn.Endpoint
+}
+
 // injectQueue bounds datagrams that wait for the device. A full queue drops: handshakes are repeated by their sender.
 const injectQueue = 256
 
 // NewBind wraps the platform's standard UDP bind.
 func NewBind() *Bind {
-	return &Bind{udp: conn.NewDefaultBind(), in: make(chan injected, injectQueue)}
+	return &Bind{udp: conn.NewDefaultBind(), in: make(chan injected, injectQueue), streams: make(chan streamed, conn.IdealBatchSize)}
 }
 
-// Open implements conn.Bind.
+func (b *Bind) frame() *frame {
+	if f, ok := b.frames.Get().(*frame); ok {
+		return f
+	}
+	return new(frame)
+}
+
+// Open implements conn.Bind. The last of the functions is for what came inside something else.
 func (b *Bind) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 	fns, port, err := b.udp.Open(port)
 	if err != nil {
@@ -55,6 +70,19 @@ func (b *Bind) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 			sizes[0] = copy(bufs[0], d.datagram)
 			eps[0] = d.from
 			return 1, nil
+		case d := <-b.streams:
+			for n := 0; ; {
+				sizes[n], eps[n] = copy(bufs[n], d.datagram()), d.from
+				b.frames.Put(d.frame)
+				if n++; n == len(bufs) {
+					return n, nil
+				}
+				select {
+				case d = <-b.streams:
+				default:
+					return n, nil
+				}
+			}
 		case <-closed:
 			return 0, net.ErrClosed
 		}
@@ -85,8 +113,12 @@ func (b *Bind) ParseEndpoint(s string) (conn.Endpoint, error) { return b.udp.Par
 // Send implements conn.Bind.
 func (b *Bind) Send(bufs [][]byte, ep conn.Endpoint) error {
 	// The standard bind asserts its own endpoint type, so ours must be told apart first.
-	if f, ok := ep.(*Flight); ok {
-		f.take(bufs)
+	switch e := ep.(type) {
+	case *Flight:
+		e.take(bufs)
+		return nil
+	case *Stream:
+		e.take(bufs)
 		return nil
 	}
 	if std, ok := ep.(*conn.StdNetEndpoint); ok && std.Addr().Is6() {

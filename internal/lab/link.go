@@ -146,6 +146,12 @@ func EveryNth(d Direction, n int) func(Packet) bool {
 	}
 }
 
+// Only is a loss rule that drops the nth packet of both directions together, once. Passed says whether there was an nth.
+func Only(n int) (rule func(Packet) bool, passed func() bool) {
+	var seen atomic.Int64
+	return func(Packet) bool { return seen.Add(1) == int64(n) }, func() bool { return seen.Load() >= int64(n) }
+}
+
 // enter takes what the device sends into the queue, until the device is closed.
 func (l *Link) enter(d Direction, from, to *os.File, queue chan<- held) {
 	defer close(queue)

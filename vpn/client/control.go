@@ -146,10 +146,11 @@ func (s *Server) Serve(ctx context.Context, ready func(Status)) error {
 	if s.failed != nil {
 		return s.failed
 	}
-	defer s.Keeper.Stop()
+	leave := s.Keeper.Stop
+	defer func() { leave() }()
 	ready(s.Keeper.Status())
 	if s.Held {
-		go s.watchHolders(ctx, cancel)
+		go s.watchHolders(ctx, func() { leave = s.Keeper.Leave; cancel() })
 	}
 	return s.Keeper.Run(ctx)
 }

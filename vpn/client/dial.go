@@ -188,16 +188,21 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 	results := make(chan dialed)
 	spent := make(chan struct{}) // closed when all knocks are out, and have had time to open
 	go func() {
-		dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))}
+		dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0)), Control: impatient}
 		attempt := func() {
 			conn, err := dialer.DialContext(ctx, "tcp", to.String())
 			deliver(ctx, results, dialed{conn, err})
 		}
 		burst := func(knocked time.Time) {
-			for _, at := range attempts {
-				if sleepUntil(ctx, knocked.Add(at)) {
-					go attempt()
+			for i, at := range attempts {
+				if !sleepUntil(ctx, knocked.Add(at)) {
+					return
 				}
+				// By now the door has answered, or the token was lost. Earlier, the gate would tell of a replay wherever the way is long.
+				if last := i == len(attempts)-1; last && noToken == nil && d.sendToken(tunnel, udp) == nil && !sleepUntil(ctx, time.Now().Add(attempts[0])) {
+					return
+				}
+				go attempt()
 			}
 		}
 		knocked := time.Now()

@@ -13,11 +13,15 @@ import (
 
 // What a keeper does when.
 const (
-	beat           = 500 * time.Millisecond  // between two looks at the tunnel
-	dataPatience   = 1500 * time.Millisecond // data unanswered for so long: shake hands
-	answerPatience = time.Second             // an initiation unanswered for so long: knock, and ask the gate
-	askPatience    = 5 * time.Second         // for the gate's answer by TLS
-	probePatience  = 2 * time.Second         // the proxy unreachable for so long: UDP seems blocked
+	beat           = 250 * time.Millisecond // between two looks at the tunnel
+	dataPatience   = 600 * time.Millisecond // data unanswered for so long: shake hands
+	answerPatience = 500 * time.Millisecond // an initiation unanswered for so long: knock, and ask the gate
+	lull           = 2                      // beats without data after a beat with many: see whether a handshake is answered
+	many           = 16 << 10               // bytes in a beat, from which on silence is strange
+	firstTry       = 6 * time.Second        // on a stream: UDP is tried again after so long; the device makes no handshake before
+	tryEvery       = 30 * time.Second       // and from then on
+	askPatience    = 5 * time.Second        // for the gate's answer by TLS
+	probePatience  = 2 * time.Second        // the proxy unreachable for so long: UDP seems blocked
 	probeEvery     = 30 * time.Second
 	reviveLimit    = 4 // revivals in vain before a new session is asked for
 	longestPause   = time.Minute
@@ -110,8 +114,26 @@ func (k *Keeper) Await(ctx context.Context, confirmed bool) error {
 	}
 }
 
+// Leave takes the tunnel down here. The session stands, and is kept for the next time.
+func (k *Keeper) Leave() {
+	k.mu.Lock()
+	t := k.tunnel
+	k.mu.Unlock()
+	t.Close()
+}
+
+// keep writes the session down, so that the tunnel comes up in one round trip the next time.
+func (k *Keeper) keep(t *Tunnel) {
+	if err := t.keep(k.options().Profile); err != nil {
+		k.Log.Warn("the session is not kept for the next time", "error", err)
+	}
+}
+
 // Stop takes the tunnel down, here and at the gate.
 func (k *Keeper) Stop() {
+	if err := dropKept(k.options().Profile); err != nil {
+		k.Log.Warn("a session that ends is still kept", "error", err)
+	}
 	k.mu.Lock()
 	t := k.tunnel
 	k.mu.Unlock()
@@ -131,6 +153,8 @@ type vitals struct {
 	asked    time.Time // last initiation sent by UDP
 	answered time.Time // last handshake complete
 	moved    bool      // another network, or a wake from sleep
+	cut      bool      // the stream broke that was the only way
+	stopped  bool      // data came fast, and then none
 	unheard  time.Time // data left and were sent again, and nothing has come back; zero: no such
 	revived  int       // revivals since the last answer
 	lost     bool      // the gate does not know the session
@@ -161,8 +185,10 @@ func (v vitals) decide() action {
 		return renew
 	case silent && v.revived >= reviveLimit:
 		return renew
-	case silent:
+	case silent, v.cut:
 		return revive
+	case v.stopped:
+		return shake
 	case !v.unheard.IsZero():
 		if v.now.Sub(v.unheard) >= dataPatience && !v.asked.After(v.unheard) {
 			return shake
@@ -179,6 +205,31 @@ func pause(attempt int, longest time.Duration) time.Duration {
 	return d*3/4 + rand.N(d/2)
 }
 
+// flow sees data that come fast and then not at all.
+type flow struct {
+	heard uint64 // at the last beat, bytes
+	fast  bool
+	quiet int // beats since
+}
+
+// stopped is asked at every beat, and true once after each stop.
+func (f *flow) stopped(heard uint64) bool {
+	came := heard - f.heard
+	f.heard = heard
+	switch {
+	case came >= many:
+		f.fast, f.quiet = true, 0
+	case came > 0:
+		f.quiet = 0
+	case f.fast:
+		if f.quiet++; f.quiet == lull {
+			f.fast = false
+			return true
+		}
+	}
+	return false
+}
+
 // renewTime is well before the end: a tenth of the session's life, ten minutes at most.
 func renewTime(began, ends time.Time) time.Time {
 	early := min(ends.Sub(began)/10, 10*time.Minute)
@@ -190,13 +241,17 @@ func (k *Keeper) Run(ctx context.Context) error {
 	tick := time.NewTicker(beat)
 	defer tick.Stop()
 	t := k.tunnel
+	k.keep(t)
 	v := vitals{renewAt: renewTime(k.since, t.Session.Expires)}
 	failures := 0
 	began := time.Now()
 	place := newPlace(t.Gate, k.Now(), 0)
 	var probeAt time.Time
+	stopAsking := func() {}
 	var asking chan error // gets the gate's answer about the session
-	var known time.Time   // when the gate said that the session stands; zero: it has not, or a handshake came since
+	var tryAt time.Time   // UDP, while there is a stream
+	var flow flow
+	var known time.Time // when the gate said that the session stands; zero: it has not, or a handshake came since
 	refused := false
 	var renewing chan error // gets what became of the certificate's renewal
 	var renewalAt time.Time // none before
@@ -228,6 +283,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 			renewing, renewalAt = nil, k.Now().Add(renewalPause(err, k.options().Profile.Expires().Sub(k.Now())))
 			if err == nil {
 				renewedFor = t
+				k.keep(t)
 			} else if ctx.Err() == nil {
 				k.unrenewed(err)
 			}
@@ -242,6 +298,17 @@ func (k *Keeper) Run(ctx context.Context) error {
 		refused = false
 		v.answered = t.Stats().LastHandshake
 		v.unheard = t.wire.unheard()
+		v.cut = t.wire.broken.Load()
+		v.stopped = flow.stopped(t.wire.heard.Load())
+		switch {
+		case !t.wire.onStream():
+			tryAt = time.Time{}
+		case tryAt.IsZero():
+			tryAt = v.now.Add(firstTry)
+		case !v.now.Before(tryAt):
+			tryAt = v.now.Add(tryEvery)
+			t.tryUDP(k.Tokens, k.Profile.TunnelPort)
+		}
 		if i := t.wire.initiation.Load(); i != nil {
 			v.asked = i.at
 		}
@@ -264,7 +331,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 			continue
 		case answer != nil:
 			k.trouble(fmt.Errorf("the gate answers neither by UDP nor by TCP: %w", answer))
-		default:
+		case !t.wire.onStream(): // UDP answers, or the gate has no streams
 			known = v.now
 		}
 		if !v.asked.After(v.answered) && v.unheard.IsZero() {
@@ -275,7 +342,12 @@ func (k *Keeper) Run(ctx context.Context) error {
 		}
 		act := v.decide()
 		if act == shake {
-			if fresh, err := t.initiateByUDP(); err != nil || !fresh { // too early after the last one
+			switch fresh, err := t.initiateAgain(); {
+			case err == nil && fresh:
+			case v.stopped && v.unheard.IsZero(): // no reason to knock: other data will show it
+				act = nothing
+				go k.probe(ctx, t)
+			default: // too early after the last one
 				act = revive
 			}
 		}
@@ -286,18 +358,25 @@ func (k *Keeper) Run(ctx context.Context) error {
 		case revive:
 			v.nextTry = v.now.Add(pause(v.revived, longestPause))
 			v.revived++
+			t.wire.broken.Store(false)
 			if v.moved {
+				t.wire.leave() // it is of the old network
 				k.Log.Info("the network changed: knocked again", "error", t.revive(k.Tokens, k.Profile.TunnelPort))
-				break
+			} else {
+				k.silent()
 			}
-			k.silent()
+			if asking != nil && v.moved {
+				stopAsking()
+				asking = nil
+			}
 			if asking == nil {
 				reply := make(chan error, 1)
 				asking = reply
+				var mine context.Context
+				mine, stopAsking = context.WithTimeout(ctx, askPatience)
 				go func() {
-					ctx, cancel := context.WithTimeout(ctx, askPatience)
-					defer cancel()
-					reply <- t.ask(ctx, k.options())
+					defer stopAsking()
+					reply <- t.ask(mine, k.options())
 				}()
 			}
 		case renew:
@@ -330,6 +409,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 				break
 			}
 			k.adopt(fresh).Close()
+			k.keep(fresh)
 			k.Log.Info("new session", "session", fresh.Session.ID, "address", fresh.Session.Address, "expires", fresh.Session.Expires)
 			t, place, probeAt, asking, known = fresh, newPlace(fresh.Gate, k.Now(), time.Since(began)), time.Time{}, nil, time.Time{}
 			// A session whose packets do not come back is no reason to ask for the next one at once.
@@ -434,6 +514,9 @@ func (k *Keeper) blocked(t *Tunnel) {
 // refuse notes that only another certificate helps. The interface stays: without it, what programs send to the proxy
 // would leave outside the tunnel.
 func (k *Keeper) refuse(err error) {
+	if err := dropKept(k.options().Profile); err != nil {
+		k.Log.Warn("a session that was refused is still kept", "error", err)
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.state, k.problem, k.data = Refused, err.Error(), DataUnknown

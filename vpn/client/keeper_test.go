@@ -26,10 +26,13 @@ func TestKeeperDecides(t *testing.T) {
 		{"unanswered, too early to try again", vitals{asked: ago(2 * time.Second), answered: ago(time.Minute), renewAt: far, nextTry: now.Add(1)}, nothing},
 		{"unanswered after all revivals", vitals{asked: ago(2 * time.Second), answered: ago(time.Minute), renewAt: far, revived: reviveLimit}, renew},
 		{"answered after a revival", vitals{asked: ago(2 * time.Second), answered: ago(time.Second), renewAt: far, revived: 2}, healthy},
-		{"data unanswered, too early to say", vitals{unheard: ago(time.Second), answered: ago(time.Minute), renewAt: far}, nothing},
+		{"data unanswered, too early to say", vitals{unheard: ago(dataPatience / 2), answered: ago(time.Minute), renewAt: far}, nothing},
 		{"data unanswered", vitals{unheard: ago(2 * time.Second), asked: ago(time.Hour), answered: ago(time.Minute), renewAt: far}, shake},
 		{"data and then an initiation unanswered", vitals{unheard: ago(3 * time.Second), asked: ago(1500 * time.Millisecond), answered: ago(time.Minute), renewAt: far}, revive},
-		{"data unanswered, the last handshake was before", vitals{unheard: ago(time.Second), asked: ago(time.Minute), answered: ago(time.Minute), renewAt: far, revived: 1}, nothing},
+		{"data unanswered, the last handshake was before", vitals{unheard: ago(dataPatience / 2), asked: ago(time.Minute), answered: ago(time.Minute), renewAt: far, revived: 1}, nothing},
+		{"the stream broke", vitals{answered: ago(time.Minute), renewAt: far, cut: true}, revive},
+		{"the stream broke, too early to try again", vitals{answered: ago(time.Minute), renewAt: far, cut: true, nextTry: now.Add(1)}, nothing},
+		{"data stopped", vitals{answered: ago(time.Minute), renewAt: far, stopped: true}, shake},
 		{"another network", vitals{answered: ago(time.Second), renewAt: far, moved: true, nextTry: far}, revive},
 		{"near its end", vitals{answered: ago(time.Second), renewAt: now}, renew},
 		{"near its end, just refused", vitals{answered: ago(time.Second), renewAt: now, nextTry: now.Add(1)}, nothing},
@@ -37,6 +40,20 @@ func TestKeeperDecides(t *testing.T) {
 		c.v.now = now
 		if got := c.v.decide(); got != c.want {
 			t.Errorf("%s: %v, want %v", c.name, got, c.want)
+		}
+	}
+}
+
+func TestSilenceAfterMuchIsSeenOnce(t *testing.T) {
+	var f flow
+	heard := uint64(0)
+	for i, c := range []struct {
+		came uint64
+		want bool
+	}{{0, false}, {0, false}, {100, false}, {0, false}, {0, false}, {0, false}, {many, false}, {0, false}, {1, false}, {0, false}, {0, true}, {0, false}, {0, false}, {many, false}, {0, false}, {0, true}} {
+		heard += c.came
+		if got := f.stopped(heard); got != c.want {
+			t.Errorf("beat %d: %v, want %v", i, got, c.want)
 		}
 	}
 }

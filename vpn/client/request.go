@@ -40,10 +40,12 @@ var sharedSpace = netip.MustParsePrefix("100.64.0.0/10")
 // although the request could not be written.
 type gateConn struct {
 	*tls.Conn
-	replies *bufio.Reader
-	bounded *io.LimitedReader // what replies reads from
-	name    string
-	date    time.Time // by the gate's clock, when it last answered; zero: it does not say
+	replies   *bufio.Reader
+	bounded   *io.LimitedReader // what replies reads from
+	name      string
+	date      time.Time     // by the gate's clock, when it last answered; zero: it does not say
+	roundTrip time.Duration // as the handshake took it; zero: not known
+	proven    bool          // the gate has answered a request: it accepts the certificate
 }
 
 // checkDates finds out before any packet what the gate would refuse.
@@ -64,11 +66,14 @@ func (p *Profile) checkDates(now time.Time) error {
 // our certificate arrives only with its first answer, a round trip later.
 func (p *Profile) handshake(ctx context.Context, conn net.Conn) (*gateConn, error) {
 	c := tls.Client(conn, p.tlsConfig(nil))
+	began := time.Now()
 	if err := c.HandshakeContext(ctx); err != nil {
 		conn.Close()
 		return nil, at(conn, explainTLS(err))
 	}
-	return newGateConn(c, p.ServerID), nil
+	g := newGateConn(c, p.ServerID)
+	g.roundTrip = min(time.Since(began), tcpRoundTrip(conn))
+	return g, nil
 }
 
 // tlsConfig takes the clock by which the gate's certificate must hold; nil: this machine's.
@@ -122,13 +127,11 @@ func (g *gateConn) do(ctx context.Context, method, path string, body, reply any)
 		return at(g, g.explain(ctx, err, writeErr))
 	}
 	defer resp.Body.Close()
+	g.proven = true
 	g.date, _ = http.ParseTime(resp.Header.Get("Date"))
-	text, err := io.ReadAll(io.LimitReader(resp.Body, maxReply+1))
+	text, err := readReply(resp)
 	if err != nil {
-		return at(g, g.explain(ctx, fmt.Errorf("its answer broke off: %w", err), nil))
-	}
-	if len(text) > maxReply {
-		return at(g, errTooLong)
+		return at(g, err)
 	}
 	if resp.StatusCode/100 != 2 {
 		return apiError(resp, text)
@@ -140,6 +143,27 @@ func (g *gateConn) do(ctx context.Context, method, path string, body, reply any)
 		return at(g, fmt.Errorf("its answer is not understood: %s: update the client, or ask the operator whether this is the right address", plain(err.Error())))
 	}
 	return nil
+}
+
+// readReply reads no more than a gate may answer with.
+func readReply(resp *http.Response) ([]byte, error) {
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxReply+1))
+	if err != nil {
+		return nil, fmt.Errorf("its answer broke off: %w", err)
+	}
+	if len(text) > maxReply {
+		return nil, errTooLong
+	}
+	return text, nil
+}
+
+// refusedBy is what an answer that is no success says.
+func refusedBy(resp *http.Response) error {
+	text, err := readReply(resp)
+	if err != nil {
+		return err
+	}
+	return apiError(resp, text)
 }
 
 var errTooLong = fmt.Errorf("its answer is longer than %d bytes: this is no perimeterd gate: ask the operator whether it is the right address", maxReply)

@@ -36,6 +36,7 @@ type Status struct {
 	Egress        []string       `json:"egress,omitempty"`
 	PostQuantum   bool           `json:"post_quantum"`
 	Data          string         `json:"data,omitempty"`
+	Transport     string         `json:"transport,omitempty"` // udp; tls, where UDP does not pass
 	Since         time.Time      `json:"since,omitzero"`
 	Expires       time.Time      `json:"expires,omitzero"`
 	LastHandshake time.Time      `json:"last_handshake,omitzero"`
@@ -63,6 +64,9 @@ func (k *Keeper) Status() Status {
 		stats := t.Stats()
 		s.Session, s.Interface, s.Address, s.Proxy, s.Console = t.Session.ID, t.Interface, t.Session.Address, t.Session.Proxy, t.Session.Console
 		s.Gate, s.PostQuantum, s.Data, s.Since, s.Expires = t.Gate, t.PostQuantum, k.data, k.since, t.Session.Expires
+		if s.Transport = "udp"; t.wire.onStream() {
+			s.Transport = "tls"
+		}
 		s.LastHandshake, s.Received, s.Sent = stats.LastHandshake, stats.Received, stats.Sent
 	}
 	return s

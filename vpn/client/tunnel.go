@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"context"
 	"crypto/ecdh"
-	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -18,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
 
@@ -50,10 +50,16 @@ type Tunnel struct {
 	PostQuantum bool // the preshared key travelled under X25519MLKEM768
 	Gate        netip.AddrPort
 
-	link Link
-	wire *wire
-	dev  *device.Device
-	peer *device.Peer
+	link       Link
+	wire       *wire
+	dev        *device.Device
+	peer       *device.Peer
+	private    *ecdh.PrivateKey
+	shared     []byte        // the preshared key
+	roundTrip  time.Duration // to the gate, as it was when the tunnel came up
+	configured bool          // the link is
+	responded  bool          // the reply had the handshake's response in it
+	endpoint   conn.Endpoint // the gate's, UDP: the only one that the device knows
 }
 
 // initiationLife is how long an initiation is good for the request: after five seconds the device makes another, and
@@ -73,60 +79,98 @@ func Open(ctx context.Context, o Options, replaces *Tunnel) (*Tunnel, error) {
 	if err := o.Profile.checkDates(time.Now()); err != nil {
 		return nil, err
 	}
+	var k *kept
+	if replaces == nil {
+		k = loadKept(o.Profile, time.Now())
+	}
+	t, err := openWith(ctx, o, replaces, k, nil)
+	if stale := (errStale{}); errors.As(err, &stale) {
+		if err := dropKept(o.Profile); err != nil {
+			o.Log.Warn("the kept session is of no use, and stays", "error", err)
+		}
+		return openWith(ctx, o, replaces, nil, stale.gate)
+	}
+	return t, err
+}
+
+// openWith opens with what there is: a session that was kept, and a connection to the gate.
+func openWith(ctx context.Context, o Options, replaces *Tunnel, k *kept, g *gateConn) (*Tunnel, error) {
 	link, err := o.NewLink()
 	if err != nil {
 		return nil, err
 	}
 	t := &Tunnel{link: link, wire: newWire()}
+	t.wire.onUDP = o.Tokens.Answered
 	t.dev = device.NewDevice(newQuietTUN(link), t.wire, &device.Logger{
 		Verbosef: device.DiscardLogf,
 		Errorf:   func(format string, a ...any) { o.Log.Debug(fmt.Sprintf(format, a...)) },
 	})
-	if err := t.open(ctx, o, replaces); err != nil {
+	if err := t.open(ctx, o, replaces, k, g); err != nil {
 		t.Close()
 		return nil, err
 	}
 	return t, nil
 }
 
-func (t *Tunnel) open(ctx context.Context, o Options, replaces *Tunnel) error {
-	private, err := ecdh.X25519().GenerateKey(rand.Reader) // of this session alone: the gate takes no key twice
-	if err != nil {
+func (t *Tunnel) open(ctx context.Context, o Options, replaces *Tunnel, k *kept, g *gateConn) (err error) {
+	ours := true // the connection is to be closed here
+	defer func() {
+		if g != nil && ours {
+			g.Close()
+		}
+	}()
+	if t.private, err = k.privateKey(); err != nil {
 		return err
 	}
 	if t.Interface, err = t.link.Name(); err != nil {
 		return err
 	}
-	if err := t.dev.IpcSet("private_key=" + hex.EncodeToString(private.Bytes()) + "\n"); err != nil {
+	if err := t.dev.IpcSet("private_key=" + hex.EncodeToString(t.private.Bytes()) + "\n"); err != nil {
 		return err
 	}
 	if err := t.dev.Up(); err != nil {
 		return fmt.Errorf("UDP socket: %w", err)
 	}
+	if k != nil {
+		if up, err := t.warm(ctx, o, k); up || err != nil {
+			return err
+		}
+	}
 
 	// The token leaves first; keys are worked out while it travels.
-	reached := make(chan dialed, 1)
-	go func() {
-		d := Dialer{Profile: o.Profile, Tokens: o.Tokens, SendToken: t.wire.token, Progress: o.Progress}
-		conn, err := d.Dial(ctx)
-		reached <- dialed{conn, err}
-	}()
+	var way <-chan reached
+	if g == nil {
+		reaching, cancel := context.WithCancel(ctx)
+		defer cancel()
+		way = t.reach(reaching, o)
+	}
 	began := time.Now()
-	initiation, err := t.initiate(o.Profile.typed.serverKey)
-	r := <-reached
-	if r.err != nil {
-		return r.err
+	var initiation []byte
+	if k == nil {
+		if initiation, err = t.initiate(o.Profile.typed.serverKey); err != nil {
+			return err
+		}
 	}
-	if err != nil {
-		r.conn.Close()
-		return err
+	if way != nil {
+		keyed := t.wire.keyed
+		if k == nil {
+			keyed = nil
+		}
+		select {
+		case r := <-way:
+			if g, err = r.gate, r.err; err != nil {
+				return err
+			}
+		case <-keyed:
+			go func() {
+				if r := <-way; r.gate != nil {
+					r.gate.Close()
+				}
+			}()
+			return t.welcome(o)
+		}
 	}
-	g, err := o.Profile.handshake(ctx, r.conn)
-	if err != nil {
-		return err
-	}
-	defer g.Close()
-	if time.Since(began) > initiationLife {
+	if k != nil || time.Since(began) > initiationLife {
 		t.peer.ExpireCurrentKeypairs() // lets it make another at once
 		if initiation, err = t.initiate(o.Profile.typed.serverKey); err != nil {
 			return err
@@ -136,26 +180,67 @@ func (t *Tunnel) open(ctx context.Context, o Options, replaces *Tunnel) error {
 	if name == "" {
 		name, _ = os.Hostname()
 	}
-	request := vpn.SessionRequest{PublicKey: private.PublicKey().Bytes(), Initiation: initiation, Device: name[:min(len(name), 64)]}
-	if err := g.do(ctx, http.MethodPost, vpn.SessionPath, request, &t.Session); err != nil {
+	request := vpn.SessionRequest{PublicKey: t.private.PublicKey().Bytes(), Initiation: initiation, Device: name[:min(len(name), 64)]}
+	var reply vpn.SessionReply
+	if err := g.do(ctx, http.MethodPost, vpn.SessionPath, request, &reply); err != nil {
+		var api *vpn.APIError
+		if k != nil && errors.As(err, &api) && api.Code == vpn.CodeKeyBound {
+			ours = false
+			return errStale{g}
+		}
+		if certificateRefused(err) {
+			err = errors.Join(err, dropKept(o.Profile))
+		}
 		return err
 	}
+	t.Session = reply
 	o.Profile.accepted()
 	if o.Progress != nil {
 		o.Progress("certificate accepted")
 	}
-	t.PostQuantum = g.postQuantum()
-	t.Gate = r.conn.RemoteAddr().(*net.TCPAddr).AddrPort()
+	t.PostQuantum, t.roundTrip = g.postQuantum(), g.roundTrip
+	t.Gate = g.RemoteAddr().(*net.TCPAddr).AddrPort()
 	if err = checkReply(&t.Session); err == nil {
-		err = t.complete(ctx, o, replaces != nil)
+		err = t.complete(o, replaces != nil)
 	}
-	switch {
-	case err != nil: // a session of no use to anybody
+	if err != nil { // a session of no use to anybody
 		endOn(ctx, g, t.Session.ID, o.Log)
-	case replaces != nil:
+		return err
+	}
+	if replaces != nil {
 		endOn(ctx, g, replaces.Session.ID, o.Log)
 	}
-	return err
+	// The connection goes on as the tunnel's way, until UDP has answered.
+	ours = false
+	if err := t.attach(g, func(error) {}); err != nil {
+		o.Log.Debug("no stream", "error", err)
+	}
+	if err := t.waitKeys(ctx); err != nil {
+		return err
+	}
+	return t.keepAlive()
+}
+
+// reached is an authenticated connection to the gate, or why there is none.
+type reached struct {
+	gate *gateConn
+	err  error
+}
+
+// reach knocks, connects and authenticates.
+func (t *Tunnel) reach(ctx context.Context, o Options) <-chan reached {
+	to := make(chan reached, 1)
+	go func() {
+		d := Dialer{Profile: o.Profile, Tokens: o.Tokens, SendToken: t.wire.token, Progress: o.Progress}
+		conn, err := d.Dial(ctx)
+		if err != nil {
+			to <- reached{err: err}
+			return
+		}
+		g, err := o.Profile.handshake(ctx, conn)
+		to <- reached{g, err}
+	}()
+	return to
 }
 
 func endOn(ctx context.Context, g *gateConn, id string, log *slog.Logger) {
@@ -197,15 +282,16 @@ func (t *Tunnel) addPeer(key wgKey) error {
 }
 
 // complete turns the reply into a tunnel with keys, address and route.
-func (t *Tunnel) complete(ctx context.Context, o Options, takeOver bool) error {
+func (t *Tunnel) complete(o Options, takeOver bool) error {
 	s := &t.Session
 	_, port, _ := splitEndpoint(s.Endpoint)
 	// The gate answered at this address, whatever it calls itself; the window is open there.
 	t.Gate = netip.AddrPortFrom(t.Gate.Addr().Unmap(), port)
-	ep, err := t.wire.ParseEndpoint(t.Gate.String())
-	if err != nil {
+	var err error
+	if t.endpoint, err = t.wire.ParseEndpoint(t.Gate.String()); err != nil {
 		return err
 	}
+	t.wire.gate.Store(&t.Gate)
 	key, response := wgKey(s.ServerPublicKey), s.Response
 	if key != o.Profile.typed.serverKey { // rotated since the profile was made: the initiation was for another
 		if err := t.dev.IpcSet("public_key=" + o.Profile.typed.serverKey.hex() + "\nremove=true\n"); err != nil {
@@ -216,34 +302,31 @@ func (t *Tunnel) complete(ctx context.Context, o Options, takeOver bool) error {
 		}
 		response = nil
 	}
-	config := "public_key=" + key.hex() + "\nupdate_only=true\npreshared_key=" + hex.EncodeToString(s.PresharedKey) + "\n"
-	for _, a := range []netip.AddrPort{s.Proxy, s.Console} {
-		if a.IsValid() {
-			config += "allowed_ip=" + netip.PrefixFrom(a.Addr(), a.Addr().BitLen()).String() + "\n"
-		}
-	}
-	if err := t.dev.IpcSet(config); err != nil {
+	if err := t.dev.IpcSet(peerConfig(s)); err != nil {
 		return err
 	}
+	t.shared = s.PresharedKey
 	s.PresharedKey, s.Response = nil, nil
-	t.peer.SetEndpointFromPacket(ep)
-	if response != nil {
-		if err := t.wire.Inject(response, ep); err != nil {
+	t.peer.SetEndpointFromPacket(t.endpoint)
+	if t.responded = response != nil; t.responded {
+		if err := t.wire.Inject(response, t.endpoint); err != nil {
 			return err
 		}
 	}
-	if err := t.link.Configure(s.Address.Addr(), s.Proxy.Addr(), s.MTU, takeOver); err != nil {
-		return err
+	if t.configured {
+		return nil
 	}
-	if err := t.waitKeys(ctx, response != nil); err != nil {
-		return err
-	}
-	return t.dev.IpcSet(fmt.Sprintf("public_key=%s\nupdate_only=true\npersistent_keepalive_interval=%d\n", key.hex(), s.Keepalive))
+	return t.link.Configure(s.Address.Addr(), s.Proxy.Addr(), s.MTU, takeOver)
 }
 
-// waitKeys returns when the device has keys: from the reply's response, or else from a handshake by UDP.
-func (t *Tunnel) waitKeys(ctx context.Context, responded bool) error {
-	if responded {
+// keepAlive begins when there are keys: without, it begins a handshake of its own.
+func (t *Tunnel) keepAlive() error {
+	return t.dev.IpcSet(fmt.Sprintf("public_key=%s\nupdate_only=true\npersistent_keepalive_interval=%d\n", wgKey(t.Session.ServerPublicKey).hex(), t.Session.Keepalive))
+}
+
+// waitKeys returns when the device has keys: from the reply's response, or else from a handshake.
+func (t *Tunnel) waitKeys(ctx context.Context) error {
+	if t.responded {
 		select {
 		case <-t.wire.keyed:
 			return nil
@@ -260,7 +343,8 @@ func (t *Tunnel) waitKeys(ctx context.Context, responded bool) error {
 	case <-t.wire.keyed:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("the gate gave a session, but UDP port %d of %v does not answer: a network on the way seems to block UDP", t.Gate.Port(), t.Gate.Addr())
+		return fmt.Errorf("the gate gave a session, but UDP port %d of %v does not answer, and the gate takes no packets by TLS: "+
+			"a network on the way seems to block UDP", t.Gate.Port(), t.Gate.Addr())
 	}
 }
 
@@ -309,15 +393,15 @@ func (t *Tunnel) Stats() (s Stats) {
 // revive knocks and shakes hands again, in one flight and from the tunnel's socket: the gate follows the tunnel to where
 // this machine is now, and connections inside it live on.
 func (t *Tunnel) revive(tokens *Tokens, tunnelPort uint16) error {
-	token, err := tokens.Next(time.Now())
+	token, err := tokens.Repeated(t.Gate.Addr(), time.Now())
 	if err == nil {
 		err = t.wire.token(token[:], netip.AddrPortFrom(t.Gate.Addr(), tunnelPort))
 	}
-	return errors.Join(err, t.shake())
+	return errors.Join(err, t.rekey()) // the gate lets a new place stay by a handshake alone
 }
 
-// initiateByUDP says whether the device made an initiation: under five seconds after the last one it makes none.
-func (t *Tunnel) initiateByUDP() (bool, error) {
+// initiateAgain says whether the device made an initiation: under five seconds after the last one it makes none.
+func (t *Tunnel) initiateAgain() (bool, error) {
 	before := t.wire.initiation.Load()
 	err := t.peer.SendHandshakeInitiation(false)
 	return t.wire.initiation.Load() != before, err
@@ -325,17 +409,18 @@ func (t *Tunnel) initiateByUDP() (bool, error) {
 
 // shake sends an initiation: a new one, or the last unanswered one again.
 func (t *Tunnel) shake() error {
-	fresh, err := t.initiateByUDP()
+	fresh, err := t.initiateAgain()
 	if i := t.wire.initiation.Load(); !fresh && i != nil {
 		err = errors.Join(err, t.wire.Bind.Send([][]byte{i.datagram}, i.to))
-		go t.wire.resend(i, time.Now())
+		go t.wire.resend(i, time.Now(), func() bool { return t.wire.initiation.Load() == i })
 	}
 	return err
 }
 
-// ask knocks from the tunnel's socket, shakes hands, and asks the gate by TLS whether it knows the session: nil when it
-// does, the gate's refusal as in Open when it does not.
+// ask knocks from the tunnel's socket, shakes hands, and asks the gate by TLS to take the tunnel's packets there. That
+// answers too whether it knows the session: nil, or its refusal as in Open. Packets and handshake do not wait for it.
 func (t *Tunnel) ask(ctx context.Context, o Options) error {
+	began := time.Now()
 	d := Dialer{Profile: o.Profile, Tokens: o.Tokens, SendToken: func(token []byte, to netip.AddrPort) error {
 		return errors.Join(t.wire.token(token, to), t.shake())
 	}}
@@ -347,15 +432,47 @@ func (t *Tunnel) ask(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
-	defer g.Close()
-	if err := g.do(ctx, http.MethodGet, vpn.SessionPath+"/"+t.Session.ID, nil, nil); err != nil {
+	if t.wire.answered.Load() > began.UnixNano() && !t.wire.onStream() { // by UDP, and only a session that stands is answered
+		return g.Close()
+	}
+	answer := make(chan error, 1)
+	if err := t.attach(g, func(err error) { answer <- err }); err != nil {
 		return err
 	}
-	return t.shake() // through the door that is surely open now
+	if err := t.rekey(); err != nil { // through the door that is surely open now
+		return err
+	}
+	select {
+	case err := <-answer:
+		var api *vpn.APIError
+		if errors.As(err, &api) && api.Code == vpn.CodeNoStream { // and it knows the session
+			return nil
+		}
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("the gate gave no answer in time: %w", ctx.Err())
+	}
+}
+
+// rekey shakes hands anew, however short ago the last one was: a gate that was restarted knows no keys.
+func (t *Tunnel) rekey() error {
+	t.peer.ExpireCurrentKeypairs()
+	return t.peer.SendHandshakeInitiation(false)
+}
+
+// tryUDP knocks, and shakes hands by UDP alone: an answer makes it the way.
+func (t *Tunnel) tryUDP(tokens *Tokens, tunnelPort uint16) {
+	if token, err := tokens.Repeated(t.Gate.Addr(), time.Now()); err == nil {
+		_ = t.wire.token(token[:], netip.AddrPortFrom(t.Gate.Addr(), tunnelPort)) // the window may be open without
+	}
+	t.wire.trying.Store(true)
+	defer t.wire.trying.Store(false)
+	_ = t.peer.SendHandshakeInitiation(false) // the next try comes
 }
 
 // Close ends the tunnel here. The peers go first: the device would write to a closed interface.
 func (t *Tunnel) Close() {
+	t.wire.leave()
 	t.dev.RemoveAllPeers()
 	t.dev.Close()
 }

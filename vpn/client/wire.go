@@ -20,14 +20,17 @@ const (
 	keepaliveSize     = 32 // a transport message without a packet
 )
 
-// wire is the device's bind, watched, and with initiations sent more than once.
+// wire is the device's bind, watched, and with initiations sent more than once. It knows the two ways to the gate, UDP and a
+// stream, and which to take; the device knows one endpoint.
 type wire struct {
 	*vpn.Bind
+	ways
 	keyed      chan struct{} // gets a token when the device has keys: a transport message left
 	initiation atomic.Pointer[sentInitiation]
-	answered   atomic.Int64 // when the last handshake response came, Unix nanoseconds
-	first      atomic.Int64 // when data left to which nothing has come back, Unix nanoseconds; 0: all is answered
-	last       atomic.Int64 // and the latest since
+	answered   atomic.Int64  // when the last handshake response came, Unix nanoseconds
+	first      atomic.Int64  // when data left to which nothing has come back, Unix nanoseconds; 0: all is answered
+	last       atomic.Int64  // and the latest since
+	heard      atomic.Uint64 // bytes of data that came, WireGuard's own included
 }
 
 type sentInitiation struct {
@@ -42,15 +45,26 @@ func newWire() *wire { return &wire{Bind: vpn.NewBind(), keyed: make(chan struct
 func (w *wire) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 	fns, port, err := w.Bind.Open(port)
 	for i, receive := range fns {
+		byUDP := i < len(fns)-1
 		fns[i] = func(bufs [][]byte, sizes []int, eps []conn.Endpoint) (int, error) {
 			n, err := receive(bufs, sizes, eps)
+			streaming, data := byUDP && w.onStream(), 0
 			for j := range n {
-				// Not authenticated here: a forged one only ends the resending, and leaves silence to WireGuard's timers.
-				if sizes[j] == vpn.ResponseSize && bufs[j][0] == messageResponse {
+				if streaming {
+					w.came(bufs[j][:sizes[j]], eps[j])
+				}
+				switch {
+				case sizes[j] > 0 && bufs[j][0] == messageTransport:
+					data += sizes[j]
+				case sizes[j] == vpn.ResponseSize && bufs[j][0] == messageResponse:
+					// Not authenticated here: a forged one only ends the resending, and leaves silence to WireGuard's timers.
 					w.answered.Store(time.Now().UnixNano())
 					w.first.Store(0)
 				}
-				if sizes[j] > 0 && bufs[j][0] == messageTransport && w.first.Load() != 0 {
+			}
+			if data > 0 {
+				w.heard.Add(uint64(data))
+				if w.first.Load() != 0 {
 					w.first.Store(0)
 				}
 			}
@@ -62,6 +76,10 @@ func (w *wire) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 
 // Send implements conn.Bind.
 func (w *wire) Send(bufs [][]byte, ep conn.Endpoint) error {
+	_, inside := ep.(*vpn.Flight)
+	if len(bufs[0]) >= 8 && (bufs[0][0] == messageInitiation || bufs[0][0] == messageResponse) {
+		w.mine([4]byte(bufs[0][4:]))
+	}
 	switch bufs[0][0] {
 	case messageTransport:
 		select {
@@ -74,13 +92,20 @@ func (w *wire) Send(bufs [][]byte, ep conn.Endpoint) error {
 			w.first.CompareAndSwap(0, now)
 		}
 	case messageInitiation:
-		if _, inside := ep.(*vpn.Flight); !inside && len(bufs[0]) == vpn.InitiationSize {
+		if !inside && len(bufs[0]) == vpn.InitiationSize {
 			i := &sentInitiation{bytes.Clone(bufs[0]), ep, time.Now()}
+			if w.trying.Load() { // its silence says nothing of the tunnel
+				go w.resend(i, i.at, w.onStream)
+				return w.Bind.Send(bufs, ep)
+			}
 			w.initiation.Store(i)
-			go w.resend(i, time.Now())
+			go w.resend(i, i.at, func() bool { return w.initiation.Load() == i && !w.onStream() })
 		}
 	}
-	return w.Bind.Send(bufs, ep)
+	if inside {
+		return w.Bind.Send(bufs, ep)
+	}
+	return w.send(w.Bind, bufs, ep)
 }
 
 // unheard is when data left to which nothing has come back, although some was sent again: TCP ends many exchanges with
@@ -101,10 +126,10 @@ const repeatedAfter = 150 * time.Millisecond
 // refused as a replay.
 var resends = [...]time.Duration{30 * time.Millisecond, 90 * time.Millisecond, 250 * time.Millisecond}
 
-func (w *wire) resend(i *sentInitiation, start time.Time) {
+func (w *wire) resend(i *sentInitiation, start time.Time, wanted func() bool) {
 	for _, at := range resends {
 		time.Sleep(time.Until(start.Add(at)))
-		if w.answered.Load() > i.at.UnixNano() || w.initiation.Load() != i {
+		if w.answered.Load() > i.at.UnixNano() || !wanted() {
 			return
 		}
 		w.Bind.Send([][]byte{i.datagram}, i.to) // an error is that of a closed or unreachable network: the next may do

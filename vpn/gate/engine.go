@@ -12,6 +12,7 @@ import (
 	"golang.zx2c4.com/wireguard/device"
 
 	"perimeterd/internal/session"
+	"perimeterd/vpn"
 )
 
 // engine is what seals and opens the packets: wireguard-go in this process, or the kernel.
@@ -44,6 +45,7 @@ type newcomer struct {
 // status is what the engine says of a peer whose handshake is complete.
 type status struct {
 	endpoint       netip.AddrPort
+	stream         bool // its packets come by TLS, from endpoint
 	handshake      time.Time
 	received, sent uint64 // bytes
 }
@@ -108,6 +110,7 @@ func (u userspace) statuses() (map[session.Key]status, error) {
 			}
 			key = session.Key(b)
 		case "endpoint":
+			value, s.stream = strings.CutPrefix(value, vpn.StreamMark)
 			if e, err := netip.ParseAddrPort(value); err == nil {
 				s.endpoint = netip.AddrPortFrom(e.Addr().Unmap().WithZone(""), e.Port())
 			}

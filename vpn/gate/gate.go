@@ -61,6 +61,7 @@ type Gate struct {
 	pace    pace
 	known   func(netip.Addr) bool
 	callers *callers
+	streams *streams
 	count   func(code string)
 	watch   func(Refusal)
 
@@ -81,6 +82,7 @@ func New(cfg Config, known func(netip.Addr) bool, serverKey [32]byte, cert tls.C
 	}
 	g := &Gate{cfg: cfg, serverKey: serverKey, verifier: v, store: store, tunnel: tunnel, pool: vpn.NewPool(cfg.Network), log: logger, lines: quota.New[string](quota.Every, quota.Burst), count: func(string) {}, watch: func(Refusal) {},
 		pace: pace{next: map[[32]byte]time.Time{}}, renewed: pace{next: map[[32]byte]time.Time{}}, known: known, callers: &callers{by: map[*counted]caller{}},
+		streams:     &streams{by: map[session.ID]*stream{}},
 		connections: func(session.ID) int { return 0 }, ended: map[session.ID]session.Session{}}
 	g.cert.Store(&cert)
 	released, err := store.Released()
@@ -117,6 +119,7 @@ func (g *Gate) SessionEvent(e session.Event) {
 	g.ended[e.Session.ID] = e.Session
 	g.rest.Unlock()
 	g.release(time.Now())
+	g.streams.cut(e.Session.ID)
 	switch e.Ended { // else the request that ended it waits for its answer
 	case session.Revoked, session.Kicked, session.Expired:
 		g.callers.cut(func(who caller) bool { return who.certificate == e.Session.Certificate })
@@ -188,6 +191,7 @@ func (g *Gate) Run(ctx context.Context, listeners ...net.Listener) error {
 	for _, l := range listeners {
 		go func() { failed <- srv.Serve(tls.NewListener(newCapped(l, g.known, g.callers), config)) }()
 	}
+	defer g.streams.close()
 	defer srv.Close()
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
@@ -208,6 +212,7 @@ func (g *Gate) routes() http.Handler {
 	mux.Handle(vpn.SessionPath, g.method(map[string]handler{http.MethodPost: g.post, http.MethodGet: g.list}))
 	mux.Handle(vpn.SessionPath+"/{id}", g.method(map[string]handler{http.MethodGet: g.get, http.MethodDelete: g.delete}))
 	mux.Handle(vpn.SessionPath+"/{id}/wg-quick", g.method(map[string]handler{http.MethodGet: g.wgQuick}))
+	mux.Handle(vpn.StreamPath, g.method(map[string]handler{http.MethodGet: g.stream}))
 	mux.Handle(vpn.CertificatePath, g.method(map[string]handler{http.MethodPost: g.certificate}))
 	mux.Handle("/", g.method(nil))
 	return mux

@@ -194,8 +194,8 @@ func (k *kernel) statuses() (map[session.Key]status, error) {
 			continue
 		}
 		at := p.Endpoint.AddrPort()
-		list[session.Key(p.PublicKey)] = status{netip.AddrPortFrom(at.Addr().Unmap().WithZone(""), at.Port()),
-			time.Unix(p.LastHandshakeTime.Unix(), 0).UTC(), uint64(p.ReceiveBytes), uint64(p.TransmitBytes)}
+		list[session.Key(p.PublicKey)] = status{endpoint: netip.AddrPortFrom(at.Addr().Unmap().WithZone(""), at.Port()),
+			handshake: time.Unix(p.LastHandshakeTime.Unix(), 0).UTC(), received: uint64(p.ReceiveBytes), sent: uint64(p.TransmitBytes)}
 	}
 	return list, nil
 }

@@ -56,6 +56,7 @@ func (l *capped) Accept() (net.Conn, error) {
 			if t, ok := c.(*net.TCPConn); ok { // requests and answers are small; a caller who reads nothing is felt soon
 				t.SetReadBuffer(socketBuffer)
 				t.SetWriteBuffer(socketBuffer)
+				impatient(t)
 			}
 			return &counted{Conn: c, list: l, known: l.callers, source: source}, nil
 		}
@@ -81,6 +82,7 @@ type counted struct {
 	known  *callers
 	source netip.Addr
 	state  atomic.Int32 // 0 in its handshake, 1 past it, 2 closed
+	freed  atomic.Bool  // not among the source's any more
 }
 
 // callers knows who is behind each connection past its handshake.
@@ -143,18 +145,28 @@ func finished(c net.Conn, s http.ConnState) {
 func (c *counted) Close() error {
 	if was := c.state.Swap(2); was != 2 {
 		c.known.forget(c)
-		l := c.list
-		l.mu.Lock()
-		l.total--
-		if was == 0 {
-			l.pending--
-		}
-		if l.held[c.source]--; l.held[c.source] == 0 {
-			delete(l.held, c.source)
-		}
-		l.mu.Unlock()
+		c.free(was == 0)
 	}
 	return c.Conn.Close()
+}
+
+// release makes room for another of the source.
+func (c *counted) release() { c.free(false) }
+
+func (c *counted) free(pending bool) {
+	if !c.freed.CompareAndSwap(false, true) {
+		return
+	}
+	l := c.list
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.total--
+	if pending {
+		l.pending--
+	}
+	if l.held[c.source]--; l.held[c.source] == 0 {
+		delete(l.held, c.source)
+	}
 }
 
 // addrPort is a TCP address as netip has it, IPv4 unmapped.

@@ -431,7 +431,11 @@ func (t *Tunnel) follow(endpoints map[session.Key]status, now time.Time) map[ses
 	for key, e := range endpoints {
 		t.mu.Lock()
 		if p := t.peers[key]; p != nil {
-			if until := endpointEnd(p.session, e.handshake, now); until.After(now) {
+			// A stream needs no place at the door, and the one that the session had by UDP ends with its time: the client
+			// may come back there.
+			if e.stream {
+				e.endpoint = netip.AddrPort{}
+			} else if until := endpointEnd(p.session, e.handshake, now); until.After(now) {
 				t.moveLocked(p, e.endpoint, until)
 			}
 			if seen := (session.Seen{Endpoint: e.endpoint, Handshake: e.handshake, Stamp: p.stamp}); seen != p.noted {

@@ -175,6 +175,7 @@ func (g *Gate) Serve(ctx context.Context, l net.Listener, t tun.Device, port str
 	mux.HandleFunc("POST "+vpn.SessionPath, g.post)
 	mux.HandleFunc("GET "+vpn.SessionPath+"/{id}", g.get)
 	mux.HandleFunc("DELETE "+vpn.SessionPath+"/{id}", g.end)
+	mux.HandleFunc("GET "+vpn.StreamPath, g.stream)
 	mux.HandleFunc("GET "+vpn.SessionPath, func(w http.ResponseWriter, r *http.Request) { w.Write([]byte("[]")) })
 	mux.HandleFunc("POST "+vpn.CertificatePath, g.renew)
 	used := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -253,6 +254,18 @@ func (g *Gate) get(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	json.NewEncoder(w).Encode(vpn.SessionReply{ID: r.PathValue("id")})
+}
+
+// stream has none, as a gate with the kernel's WireGuard.
+func (g *Gate) stream(w http.ResponseWriter, r *http.Request) {
+	g.Lock()
+	defer g.Unlock()
+	w.Header().Set("Connection", "close")
+	if _, ok := g.peersOfSession[r.URL.Query().Get("session")]; !ok {
+		refuse(w, &vpn.APIError{Code: vpn.CodeNotFound, Message: "no such session"})
+		return
+	}
+	refuse(w, &vpn.APIError{Code: vpn.CodeNoStream, Message: "no streams here"})
 }
 
 // renew issues one successor to a certificate, as the real gate does.

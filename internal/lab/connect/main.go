@@ -1,0 +1,186 @@
+//go:build linux
+
+// Command connect measures what a person waits for: from `vpn up` to a tunnel and to the first byte of an HTTPS page, with nothing
+// kept and with a session that stands, on links of several lengths, with each packet of the exchange lost once; how long a
+// download stands still when UDP dies; and how fast the tunnel is beside wireguard-go's own program. `make bench-connect` runs it
+// as root; it ends by itself and leaves nothing but its results.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"perimeterd/internal/lab"
+	"perimeterd/internal/lab/bench"
+)
+
+// limit is the longest that it may take.
+const limit = 14 * time.Minute
+
+// cloudName is a name that the default rules allow.
+const cloudName = "s3.us-east-1.amazonaws.com"
+
+func main() {
+	runs := flag.Int("runs", 11, "how often each way to connect is taken on each link")
+	only := flag.String("only", "time,loss,death,speed", "`PARTS` to measure; only all of them are written")
+	results := flag.String("results", "bench/connect.json", "`FILE` for the raw numbers")
+	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose section \"Connecting\" is written")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	if err := measure(ctx, *runs, strings.Split(*only, ","), *results, *doc); err != nil {
+		fmt.Fprintln(os.Stderr, "bench-connect:", err)
+		os.Exit(1)
+	}
+}
+
+func measure(ctx context.Context, runs int, parts []string, results, doc string) error {
+	all := map[string]func(context.Context, *report) error{
+		"time":  func(ctx context.Context, r *report) error { return r.times(ctx, runs) },
+		"loss":  func(ctx context.Context, r *report) error { return r.losses(ctx) },
+		"death": func(ctx context.Context, r *report) error { return r.deaths(ctx) },
+		"speed": func(ctx context.Context, r *report) error { return r.speeds(ctx) },
+	}
+	for _, part := range parts {
+		if all[part] == nil {
+			return fmt.Errorf("-only %q: want time, loss, death, speed", part)
+		}
+	}
+	run, err := bench.Begin(ctx, "make bench-connect")
+	if err != nil {
+		return err
+	}
+	r := &report{Run: run}
+	fmt.Println(r.Machine())
+	for _, part := range []string{"time", "loss", "death", "speed"} {
+		if slices.Contains(parts, part) {
+			if err := all[part](ctx, r); err != nil {
+				return err
+			}
+		}
+	}
+	r.End()
+	section := r.section()
+	fmt.Printf("\n%s", section)
+	if len(parts) < len(all) {
+		return nil
+	}
+	return errors.Join(bench.Write(results, r.Run), bench.WriteSection(doc, section))
+}
+
+// report is what was measured, and in rows.
+type report struct {
+	*bench.Run
+	rows []row
+}
+
+type row struct{ what, value string }
+
+func (r *report) row(what, format string, a ...any) {
+	r.rows = append(r.rows, row{what, fmt.Sprintf(format, a...)})
+	fmt.Printf("%s: %s\n", what, r.rows[len(r.rows)-1].value)
+}
+
+func (r *report) section() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, `## Connecting
+
+%s
+
+From the start of the command `+"`vpn up`"+` to its return, and on to the first byte of an HTTPS page that stock curl fetches through the
+proxy, on a link that holds every packet for half the round trip. Cold: knock, TCP, TLS 1.3, a request with WireGuard's initiation
+in it. Warm: the session of before stands, and knock and initiation leave in one flight. Client, gate and cloud share the machine.
+
+| | |
+|---|---|
+`, r.Origin())
+	for _, row := range r.rows {
+		fmt.Fprintf(&b, "| %s | %s |\n", row.what, row.value)
+	}
+	return b.String()
+}
+
+// stage is a lab with a running daemon, a cloud host and users, of whom one is at work: each has few tokens in half a minute.
+type stage struct {
+	*lab.Lab
+	daemon *lab.Daemon
+	cloud  *lab.CloudHost
+	users  []*lab.User
+	alice  *lab.User // whose turn it is
+}
+
+const users = 10
+
+// window is so short that a knock is needed each time.
+const window = time.Second
+
+// next gives the turn to the next user, when the window of the one before has closed.
+func (s *stage) next(ctx context.Context) error {
+	s.users = append(s.users[1:], s.users[0])
+	s.alice = s.users[0]
+	return s.shut(ctx)
+}
+
+// shut waits until the window has closed.
+func (s *stage) shut(ctx context.Context) error {
+	select {
+	case <-time.After(window + 100*time.Millisecond):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func open(ctx context.Context, o lab.Options, settings ...lab.Setting) (s *stage, err error) {
+	s = &stage{}
+	if s.Lab, err = lab.New(ctx, o); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+	if s.cloud, err = s.StartCloud(lab.CloudOptions{Names: []string{cloudName}}); err != nil {
+		return nil, err
+	}
+	if s.daemon, err = s.NewDaemon(ctx, append(settings, lab.Setting{Key: "window", Value: fmt.Sprintf("%q", window)})...); err != nil {
+		return nil, err
+	}
+	for i := range users {
+		profile, err := s.daemon.AddUser(ctx, fmt.Sprintf("alice%d", i), "--group", "operators")
+		if err != nil {
+			return nil, err
+		}
+		u, err := s.NewUser(ctx, s.Client, profile)
+		if err != nil {
+			return nil, err
+		}
+		s.users = append(s.users, u)
+	}
+	s.alice = s.users[0]
+	return s, s.daemon.Start(ctx)
+}
+
+func output(c *lab.Cmd) (string, error) {
+	out, err := c.CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("%s: %w\n%s", strings.Join(c.Args, " "), err, out)
+	}
+	return string(out), nil
+}
+
+// curl prepares stock curl through the proxy.
+func (s *stage) curl(ctx context.Context, args ...string) *lab.Cmd {
+	return s.alice.Command(ctx, "curl", append([]string{"-sS", "--max-time", "60", "--cacert", s.cloud.CAFile, "--proxy", "http://10.77.0.1:3128"}, args...)...)
+}
