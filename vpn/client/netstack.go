@@ -23,11 +23,14 @@ import (
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
-// What the stack needs to fill a long way: at 50 ms and 1 Gb/s six megabytes are under way.
+// What the stack needs to fill a long way: at 50 ms and 1 Gb/s six megabytes are under way. One connection may have all of that;
+// many share it, or a hundred would hold a gigabyte.
 const (
-	stackQueue    = 4096     // packets that wait for the device; a full window leaves at once
+	stackQueue    = 8192     // packets that wait for the device: more than a full window, which may leave at once
 	receiveBuffer = 16 << 20 // bytes, of one connection at most: it grows with what the reader takes
 	sendBuffer    = 8 << 20
+	leastBuffer   = 512 << 10
+	allBuffers    = 64 << 20 // of all connections, each way
 	stackNIC      = 1
 )
 
@@ -41,8 +44,9 @@ type netstack struct {
 	cancel func()
 	closed sync.Once
 
-	mu  sync.Mutex
-	mtu int
+	mu    sync.Mutex
+	mtu   int
+	conns int
 }
 
 // NewNetstack makes a Link that needs no privilege.
@@ -60,12 +64,13 @@ func NewNetstack() (Link, error) {
 	sack, moderate := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true)
 	// RACK arms a timer at each acknowledgement, which costs a third of the throughput.
 	recovery, congestion := tcpip.TCPRecovery(0), tcpip.CongestionControlOption("cubic")
-	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: 4096, Default: 1 << 20, Max: receiveBuffer}
-	send := tcpip.TCPSendBufferSizeRangeOption{Min: 4096, Default: sendBuffer, Max: sendBuffer}
-	for _, option := range []tcpip.SettableTransportProtocolOption{&sack, &moderate, &recovery, &congestion, &receive, &send} {
+	for _, option := range []tcpip.SettableTransportProtocolOption{&sack, &moderate, &recovery, &congestion} {
 		if err := n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, option); err != nil {
 			return nil, fmt.Errorf("netstack: %T: %v", option, err)
 		}
+	}
+	if err := n.share(0); err != nil {
+		return nil, err
 	}
 	if err := n.stack.CreateNIC(stackNIC, n.out); err != nil {
 		return nil, fmt.Errorf("netstack: %v", err)
@@ -73,6 +78,22 @@ func NewNetstack() (Link, error) {
 	n.stack.AddRoute(tcpip.Route{Destination: header.IPv4EmptySubnet, NIC: stackNIC})
 	n.events <- tun.EventUp
 	return n, nil
+}
+
+// share gives each connection its part of the buffers: a new one both, one that there is the room to grow for what it receives.
+func (n *netstack) share(more int) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.conns += more
+	part := max(allBuffers/max(n.conns, 1), leastBuffer)
+	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: 4096, Default: leastBuffer, Max: min(part, receiveBuffer)}
+	send := tcpip.TCPSendBufferSizeRangeOption{Min: 4096, Default: min(part, sendBuffer), Max: min(part, sendBuffer)}
+	for _, option := range []tcpip.SettableTransportProtocolOption{&receive, &send} {
+		if err := n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, option); err != nil {
+			return fmt.Errorf("netstack: %T: %v", option, err)
+		}
+	}
+	return nil
 }
 
 // Configure implements Link. What another link carries stays its own: takeOver has nothing to do.
@@ -100,9 +121,14 @@ func (n *netstack) DialContext(ctx context.Context, network, address string) (ne
 	fail := func(err error) (net.Conn, error) {
 		return nil, &net.OpError{Op: "dial", Net: network, Addr: net.TCPAddrFromAddrPort(to), Err: err}
 	}
+	if err := n.share(+1); err != nil {
+		return fail(err)
+	}
+	free := sync.OnceFunc(func() { n.share(-1) })
 	queue := new(waiter.Queue)
 	end, no := n.stack.NewEndpoint(tcp.ProtocolNumber, ipv4.ProtocolNumber, queue)
 	if no != nil {
+		free()
 		return fail(errors.New(no.String()))
 	}
 	entry, writable := waiter.NewChannelEntry(waiter.WritableEvents | waiter.EventErr | waiter.EventHUp)
@@ -113,6 +139,7 @@ func (n *netstack) DialContext(ctx context.Context, network, address string) (ne
 		select {
 		case <-ctx.Done():
 			end.Abort()
+			free()
 			return fail(ctx.Err())
 		case <-writable:
 		}
@@ -120,24 +147,35 @@ func (n *netstack) DialContext(ctx context.Context, network, address string) (ne
 	}
 	switch no.(type) {
 	case nil:
-		return &stackConn{gonet.NewTCPConn(queue, end), end}, nil
+		return &stackConn{gonet.NewTCPConn(queue, end), end, free}, nil
 	case *tcpip.ErrConnectionRefused:
 		err = syscall.ECONNREFUSED
 	default:
 		err = errors.New(no.String())
 	}
 	end.Abort()
+	free()
 	return fail(err)
 }
 
 // stackConn is a connection of the stack's.
 type stackConn struct {
 	*gonet.TCPConn
-	end tcpip.Endpoint
+	end  tcpip.Endpoint
+	free func() // its part of the buffers
+}
+
+// Close implements net.Conn.
+func (c *stackConn) Close() error {
+	c.free()
+	return c.TCPConn.Close()
 }
 
 // reset ends a connection so that the other side knows that it is not whole.
-func (c *stackConn) reset() { c.end.Abort() }
+func (c *stackConn) reset() {
+	c.free()
+	c.end.Abort()
+}
 
 // Read implements tun.Device: all that waits, as far as it fits.
 func (n *netstack) Read(bufs [][]byte, sizes []int, offset int) (int, error) {

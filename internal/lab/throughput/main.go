@@ -22,6 +22,7 @@ import (
 func main() {
 	rounds := flag.Int("rounds", 3, "how often each is measured, in turn")
 	span := flag.Duration("span", 3*time.Second, "how long each is measured once it flows")
+	only := flag.String("only", "", "measure only what has this `TEXT` in its name, and write nothing")
 	results := flag.String("results", "bench/client.json", "`FILE` for the raw numbers")
 	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose section \"The client's tunnels\" is written")
 	flag.Parse()
@@ -29,7 +30,7 @@ func main() {
 	defer stop()
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
 	defer cancel()
-	if err := measure(ctx, *rounds, *span, *results, *doc); err != nil {
+	if err := measure(ctx, *rounds, *span, *only, *results, *doc); err != nil {
 		fmt.Fprintln(os.Stderr, "bench-client:", err)
 		os.Exit(1)
 	}
@@ -48,7 +49,7 @@ const (
 
 var roundTrips = []time.Duration{0, 50 * time.Millisecond}
 
-func measure(ctx context.Context, rounds int, span time.Duration, results, doc string) (err error) {
+func measure(ctx context.Context, rounds int, span time.Duration, only, results, doc string) (err error) {
 	run, err := bench.Begin(ctx, "make bench-client")
 	if err != nil {
 		return err
@@ -63,6 +64,9 @@ func measure(ctx context.Context, rounds int, span time.Duration, results, doc s
 			r.Link.SetDelay(rtt / 2)
 			at := float64(rtt.Milliseconds())
 			for _, what := range []string{download, upload, crowd} {
+				if !strings.Contains(what, only) {
+					continue
+				}
 				for _, w := range r.ways {
 					bytes, err := r.flow(ctx, w, what, rtt, span)
 					if err != nil {
@@ -84,6 +88,9 @@ func measure(ctx context.Context, rounds int, span time.Duration, results, doc s
 	run.End()
 	text := section(run)
 	fmt.Print(text)
+	if only != "" {
+		return nil
+	}
 	return errors.Join(bench.Write(results, run), bench.WriteSection(doc, text))
 }
 
