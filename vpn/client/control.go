@@ -269,8 +269,10 @@ func (s *Server) talk(ctx context.Context, c net.Conn, end func()) {
 	}
 	switch req.Do {
 	case doStatus:
+		if ctx.Err() != nil { // it is on its way down, and says nothing
+			return
+		}
 		select {
-		case <-ctx.Done(): // it is on its way down, and says nothing
 		case <-s.ready:
 			answer(s.failed)
 		default:
