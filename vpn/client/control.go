@@ -169,10 +169,14 @@ func (s *Server) Serve(ctx context.Context, ready func(Status)) error {
 	}
 	defer s.Keeper.Stop()
 	defer cancel() // first nobody uses it any more
-	s.local.spares.fill()
 	ready(s.status())
-	if s.Held {
+	s.mu.Lock()
+	held := s.Held
+	s.mu.Unlock()
+	if held {
 		go s.watchHolders(ctx, cancel)
+	} else {
+		s.local.spares.fill()
 	}
 	return s.Keeper.Run(ctx)
 }

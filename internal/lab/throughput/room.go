@@ -20,6 +20,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"perimeterd/internal/lab"
 	"perimeterd/vpn/client"
 )
@@ -230,15 +232,17 @@ func (r *room) flow(ctx context.Context, w *way, what string, rtt, span time.Dur
 		all.Wait()
 		time.Sleep(4 * rtt) // until what was under way is gone
 	}()
+	var dials errgroup.Group
 	for i := range conns {
-		c, err := w.dial(ctx)
-		if err != nil {
-			return 0, err
-		}
-		conns[i] = c
-		if _, err := io.WriteString(c, word); err != nil {
-			return 0, err
-		}
+		dials.Go(func() (err error) {
+			if conns[i], err = w.dial(ctx); err == nil {
+				_, err = io.WriteString(conns[i], word)
+			}
+			return err
+		})
+	}
+	if err := dials.Wait(); err != nil {
+		return 0, err
 	}
 	for _, c := range conns {
 		buf := make([]byte, 256<<10)
