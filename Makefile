@@ -4,6 +4,7 @@
 # make bench-door   the door beside knockd, fwknop and an ipset script, six minutes; writes docs/benchmarks.md, bench/door.json
 # make test-attacks the built daemon attacked with scans, odd tokens and floods, three minutes; fails if one gains anything
 # make bench-sessions  5,000 sessions, revocations and crashes among many, three minutes; writes docs/benchmarks.md, fails if a promise is broken
+# make bench-client   both kinds of tunnel over a long link, beside bare TCP, four minutes; writes docs/benchmarks.md, bench/client.json
 # make bench-limits   what the machine can do without us, half a minute; writes docs/benchmarks.md
 # make test-iam     our evaluator of IAM policies against an independent one from npm, 10,000 cases, half a minute
 # make bench-knock  3,000 knocks over a link with two receive queues, a minute; fails if one of our client's was lost
@@ -25,7 +26,7 @@ VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod
 CLIENT := ./cmd/knock ./cmd/vpn ./vpn ./vpn/client ./knock
 UNIT := $(GO) list ./... | grep -v internal/lab/e2e
 
-.PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-door bench-sessions bench-limits bench-knock bench-connect soak clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools soak-tools
+.PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-door bench-sessions bench-client bench-limits bench-knock bench-connect soak clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools soak-tools
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
@@ -94,6 +95,11 @@ bench-door: peer-tools build
 bench-sessions: demo-tools build
 	$(GO) build -o bin/lab-sessions ./internal/lab/sessions
 	bin/lab-sessions
+
+# What the client's two kinds of tunnel carry over a long link, beside bare TCP.
+bench-client: demo-tools build
+	$(GO) build -o bin/lab-throughput ./internal/lab/throughput
+	bin/lab-throughput
 
 # What the machine can do without us: cables, ciphers, handshakes.
 bench-limits: build

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"os"
 	"os/exec"
 	"syscall"
 )
@@ -9,3 +10,8 @@ import (
 func detach(cmd *exec.Cmd) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{CreationFlags: syscall.CREATE_NEW_PROCESS_GROUP}
 }
+
+// passNews makes the pipe the standard output: Windows hands on no other descriptors.
+func passNews(cmd *exec.Cmd, w *os.File) { cmd.Stdout = w }
+
+func openNews() *os.File { return os.Stdout }

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -12,6 +14,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/net/netutil"
 
 	"perimeterd/vpn/client"
 )
@@ -21,35 +24,16 @@ func execCommand(profile *string) *cobra.Command {
 	c := &cobra.Command{
 		Use: "exec -- COMMAND [ARG]...", Short: "Run a command through the tunnel", Args: needsCommand,
 		Long: "Brings the tunnel up where it is down, for as long as the command runs, and points the command's proxy variables at it.\n" +
-			"The command never runs without the tunnel. Its exit status is passed on; 125: no tunnel, 126: not executable, 127: not found.",
+			"They name a port and a password that are this command's alone. The command never runs without the tunnel.\n" +
+			"Its exit status is passed on; 125: no tunnel, 126: not executable, 127: not found.",
 		Example: "  vpn exec -- aws sts get-caller-identity\n  vpn exec --aws-profile production -- aws s3 ls",
 		RunE: func(_ *cobra.Command, args []string) error {
 			if err := useAWSProfile(awsProfile); err != nil {
 				fmt.Fprintf(os.Stderr, "vpn: %v; %s was not run\n", err, args[0])
 				return exitStatus(exitNoTunnel)
 			}
-			return through(*profile, args, func(p *client.Profile) (func(), client.Status, error) {
-				ctx, stop := interrupted()
-				defer stop()
-				report := newReporter(os.Stderr)
-				step := func(s string) {
-					if report.terminal {
-						report.step(s)
-					}
-				}
-				for {
-					if _, err := raise(ctx, p, *profile, timeout, true, step); err != nil {
-						return nil, client.Status{}, err
-					}
-					held, s, err := hold(ctx, p, timeout)
-					if errors.Is(err, client.ErrDown) && ctx.Err() == nil {
-						continue // its last holder left in this very moment
-					}
-					if err != nil {
-						return nil, s, err
-					}
-					return func() { held.Close() }, s, nil
-				}
+			return through(*profile, args, timeout, func(_ *client.Profile, s client.Status) ([]string, []string, error) {
+				return args[1:], client.Environment(s), nil
 			})
 		},
 	}
@@ -59,8 +43,30 @@ func execCommand(profile *string) *cobra.Command {
 	return c
 }
 
+// raiseAndHold keeps the profile's tunnel up, bringing it up first where it is down.
+func raiseAndHold(p *client.Profile, profile string, timeout time.Duration) (*client.Held, error) {
+	ctx, stop := interrupted()
+	defer stop()
+	report := newReporter(os.Stderr)
+	step := func(s string) {
+		if report.terminal {
+			report.step(s)
+		}
+	}
+	for {
+		if _, err := raise(ctx, p, profile, timeout, true, step); err != nil {
+			return nil, err
+		}
+		held, err := hold(ctx, p, timeout)
+		if errors.Is(err, client.ErrDown) && ctx.Err() == nil {
+			continue // its last holder left in this very moment
+		}
+		return held, err
+	}
+}
+
 // hold waits for the tunnel a little longer than its process does, which then says why.
-func hold(ctx context.Context, p *client.Profile, timeout time.Duration) (net.Conn, client.Status, error) {
+func hold(ctx context.Context, p *client.Profile, timeout time.Duration) (*client.Held, error) {
 	ctx, cancel := context.WithTimeout(ctx, timeout+5*time.Second)
 	defer cancel()
 	return client.Hold(ctx, p, timeout)
@@ -79,8 +85,8 @@ const (
 	exitNotFound      = 127
 )
 
-// through runs a command while hold keeps the tunnel up.
-func through(profile string, args []string, hold func(*client.Profile) (func(), client.Status, error)) error {
+// through runs a command while the tunnel is held up, with the arguments and variables that fit it.
+func through(profile string, args []string, timeout time.Duration, fit func(*client.Profile, client.Status) (arguments, env []string, err error)) error {
 	fail := func(status int, err error) error {
 		fmt.Fprintln(os.Stderr, "vpn:", err)
 		return exitStatus(status)
@@ -96,26 +102,41 @@ func through(profile string, args []string, hold func(*client.Profile) (func(), 
 	if err != nil {
 		return fail(exitNoTunnel, err)
 	}
-	release, s, err := hold(p)
+	held, err := raiseAndHold(p, profile, timeout)
 	if err != nil {
 		return fail(exitNoTunnel, fmt.Errorf("%w; %s was not run", err, args[0]))
 	}
-	defer release()
+	defer held.Release()
+	arguments, env, err := fit(p, held.Status)
+	if err != nil {
+		return fail(exitFailed, err)
+	}
 
 	// From here on every signal is the command's. The terminal sends its own to both of us.
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, passedSignals...)
-	cmd := exec.Command(path, args[1:]...)
+	cmd := exec.Command(path, arguments...)
 	cmd.Args[0] = args[0]
-	cmd.Env = environ(os.Environ(), client.Environment(s))
+	cmd.Env = environ(os.Environ(), env)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	if err := client.WithoutPrivilege(cmd.Start); err != nil {
 		return fail(exitNotExecutable, err)
 	}
 	done := make(chan error, 1)
 	go func() { done <- cmd.Wait() }()
+	lost := make(chan error, 1)
+	go func() {
+		why, gone := held.Lost()
+		lost <- why
+		for !gone {
+			_, gone = held.Lost()
+		}
+		refuseAt(held.Status.URL, why)
+	}()
 	for {
 		select {
+		case err := <-lost:
+			fmt.Fprintf(os.Stderr, "vpn: the tunnel is lost, and nothing more of %s goes through: %v\n", args[0], err)
 		case sig := <-signals:
 			if !fromTerminal(sig) {
 				cmd.Process.Signal(sig)
@@ -128,9 +149,28 @@ func through(profile string, args []string, hold func(*client.Profile) (func(), 
 			case !errors.As(err, &exit):
 				return fail(exitFailed, err)
 			}
-			release()
+			held.Release()
 			return dieLike(exit.ProcessState)
 		}
+	}
+}
+
+// refuseAt answers in the place of a proxy that is no more, so that programs hear why and not only that nobody is there.
+func refuseAt(proxy string, why error) {
+	u, err := url.Parse(proxy)
+	if err != nil {
+		return
+	}
+	for range 20 {
+		l, err := net.Listen("tcp4", u.Host)
+		if err != nil { // its last connections may be on their way out
+			time.Sleep(50 * time.Millisecond)
+			continue
+		}
+		s := http.Server{ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, "vpn: the tunnel is lost: "+why.Error(), http.StatusServiceUnavailable)
+		})}
+		s.Serve(netutil.LimitListener(l, 64)) // as long as the command runs
 	}
 }
 

@@ -85,8 +85,8 @@ func command() *cobra.Command {
 		Use:   "vpn",
 		Short: "A tunnel to the bastion, and programs through it",
 		Long: "A tunnel to the bastion, and programs through it.\n\n" +
-			"A tunnel needs CAP_NET_ADMIN: run it with sudo, which works with your own profiles and runs commands as you, or once:\n" +
-			"sudo setcap cap_net_admin+ep \"$(command -v vpn)\"\n\n" +
+			"It takes no privilege. With sudo, which works with your own profiles and runs commands as you, or once\n" +
+			"sudo setcap cap_net_admin+ep \"$(command -v vpn)\", the tunnel is a device of the system's.\n\n" +
 			"Exit status: 0 done, 1 failed, 2 the command line is wrong; exec has its own, see there.",
 		Version: client.Version(),
 		Example: `  vpn import alice.profile        keep the profile you were sent
@@ -101,7 +101,7 @@ func command() *cobra.Command {
 	root.SetFlagErrorFunc(cmdline.FlagError)
 	load := func() (*client.Profile, error) { return client.LoadProfile(profile) }
 	root.AddCommand(upCommand(&profile), keepCommand(&profile), downCommand(load), statusCommand(load), execCommand(&profile),
-		envCommand(load), doctorCommand(load), pacCommand(load), useCommand(), importCommand(), enrollCommand(), renewCommand(&profile), awsCommand(&profile))
+		envCommand(load), browserCommand(&profile), doctorCommand(load), pacCommand(load), useCommand(), importCommand(), enrollCommand(), renewCommand(&profile), awsCommand(&profile))
 	return root
 }
 
@@ -181,8 +181,12 @@ func statusText(s client.Status, certificate, now time.Time) string {
 	}
 	if s.Session != "" {
 		line("data", "%s", s.Data)
-		line("address", "%v on %s", s.Address.Addr(), s.Interface)
-		line("proxy", "http://%v", s.Proxy)
+		line("proxy", "http://%v", s.Listen)
+		if s.Mode == client.ModeTUN {
+			line("address", "%v on %s, its proxy http://%v", s.Address.Addr(), s.Interface, s.Proxy)
+		} else {
+			line("address", "%v, rootless", s.Address.Addr())
+		}
 		line("gate", "%v", s.Gate)
 		line("egress", "%s", strings.Join(s.Egress, ", "))
 		line("key exchange", "%s", map[bool]string{true: "post-quantum", false: "classical"}[s.PostQuantum])
@@ -196,32 +200,6 @@ func statusText(s client.Status, certificate, now time.Time) string {
 	}
 	line("certificate", "ends in %d days", int(certificate.Sub(now).Hours()/24))
 	return b.String()
-}
-
-func envCommand(load func() (*client.Profile, error)) *cobra.Command {
-	return &cobra.Command{
-		Use: "env", Short: "Print the shell's exports for the proxy", Example: `  eval "$(vpn env)"`, Args: noArguments,
-		RunE: func(*cobra.Command, []string) error {
-			p, err := load()
-			if err != nil {
-				return err
-			}
-			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-			defer cancel()
-			s, err := client.AskStatus(ctx, p)
-			if err != nil {
-				return err
-			}
-			if !s.Proxy.IsValid() {
-				return client.ErrDown
-			}
-			for _, e := range client.Environment(s) {
-				name, value, _ := strings.Cut(e, "=")
-				fmt.Printf("export %s='%s'\n", name, strings.ReplaceAll(value, "'", `'\''`))
-			}
-			return nil
-		},
-	}
 }
 
 func useCommand() *cobra.Command {

@@ -25,7 +25,9 @@ func upCommand(profile *string) *cobra.Command {
 	c := &cobra.Command{
 		Use: "up", Short: "Knock, and bring the tunnel up", Args: noArguments,
 		Long: "Knocks, asks the gate for a session and returns when the tunnel has keys. A process in the background then keeps it\n" +
-			"until `vpn down`, and finds out whether data pass: `vpn status` says so. Where it runs already, this waits until they may.",
+			"until `vpn down`, and finds out whether data pass: `vpn status` says so. Where it runs already, this waits until they may.\n\n" +
+			"With CAP_NET_ADMIN the tunnel is a device; without it is inside that process. In both cases a proxy on 127.0.0.1, for you\n" +
+			"alone, leads through it.",
 		RunE: func(*cobra.Command, []string) error {
 			report := newReporter(os.Stderr)
 			p, err := client.LoadProfile(*profile)
@@ -51,16 +53,13 @@ func upCommand(profile *string) *cobra.Command {
 }
 
 func serve(ctx context.Context, p *client.Profile, timeout time.Duration, held bool, log *slog.Logger, step func(string), ready func(client.Status)) error {
-	if err := client.CheckDevice(); err != nil {
-		return err
-	}
 	tokens, err := client.NewTokens(p)
 	if err != nil {
 		return err
 	}
 	s := client.Server{
 		Keeper: &client.Keeper{
-			Options: client.Options{Profile: p, Tokens: tokens, NewLink: client.NewSystemTUN, Progress: step, Log: log},
+			Options: client.Options{Profile: p, Tokens: tokens, NewLink: client.NewLink, Progress: step, Log: log},
 			Timeout: timeout,
 			Now:     time.Now,
 		},
@@ -90,9 +89,6 @@ func raise(ctx context.Context, p *client.Profile, profile string, timeout time.
 		case !errors.Is(err, client.ErrDown):
 			return s, err
 		}
-		if err := client.CheckDevice(); err != nil {
-			return s, err
-		}
 		s, err = background(ctx, p, profile, timeout, held, step)
 		if !errors.Is(err, client.ErrRunning) {
 			return s, err
@@ -114,9 +110,6 @@ type news struct {
 	Up      *client.Status `json:"up,omitempty"`
 }
 
-// newsFD is where the process in the background finds its pipe.
-const newsFD = 3
-
 // background runs this program again, in a session of its own, to keep the tunnel.
 func background(ctx context.Context, p *client.Profile, profile string, timeout time.Duration, held bool, step func(string)) (s client.Status, err error) {
 	self, err := os.Executable()
@@ -134,7 +127,7 @@ func background(ctx context.Context, p *client.Profile, profile string, timeout 
 	defer r.Close()
 	cmd := exec.Command(self, "--profile="+profile, "keep", "--timeout="+timeout.String(), fmt.Sprintf("--held=%t", held), "--log="+logName)
 	cmd.Args[0] = "vpn"
-	cmd.ExtraFiles = []*os.File{w}
+	passNews(cmd, w)
 	detach(cmd)
 	err = cmd.Start()
 	w.Close()
@@ -175,7 +168,7 @@ func keepCommand(profile *string) *cobra.Command {
 			// The device's buffers grow the heap from nothing to 30 MB; collecting on the way costs milliseconds of the
 			// few that `vpn up` takes.
 			collect := debug.SetGCPercent(-1)
-			pipe := os.NewFile(newsFD, "news")
+			pipe := openNews()
 			out := json.NewEncoder(pipe)
 			log, err := client.OpenLog(logName)
 			if err != nil {
@@ -228,5 +221,9 @@ func (r *reporter) step(s string) {
 
 func (r *reporter) up(s client.Status) {
 	r.step("tunnel up")
-	fmt.Fprintf(r.out, "proxy http://%v, session until %s\n", s.Proxy, s.Expires.Local().Format("Jan 2 15:04"))
+	rootless := ""
+	if s.Mode == client.ModeRootless {
+		rootless = " (rootless)"
+	}
+	fmt.Fprintf(r.out, "proxy http://%v%s, session until %s\n", s.Listen, rootless, s.Expires.Local().Format("Jan 2 15:04"))
 }

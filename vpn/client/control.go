@@ -25,7 +25,7 @@ var ErrRunning = errors.New("another process keeps this tunnel")
 const (
 	doStatus = "status" // at once
 	doUp     = "up"     // when the tunnel is up and not known to be blocked; it then stays up
-	doHold   = "hold"   // when data have passed; a tunnel raised for holders stays while this connection does
+	doHold   = "hold"   // when data have passed; a tunnel raised for holders, and a local listener of its own, stay while this connection does
 	doRenew  = "renew"  // when the certificate was renewed, or not
 	doDown   = "down"   // when the tunnel is down; the connection ends with the process
 )
@@ -35,10 +35,12 @@ type controlRequest struct {
 	Wait time.Duration `json:"wait,omitempty"` // for up, hold and renew: how long at most
 }
 
-// Answer is what the process says to a request.
+// Answer is what the process says to a request. To a holder it says a second one, with an error, when the tunnel has ended for
+// good before he left.
 type Answer struct {
 	Status Status `json:"status"`
 	Error  string `json:"error,omitempty"`
+	Proxy  string `json:"proxy,omitempty"` // its URL on this machine, for who asked; it may hold a credential
 }
 
 // holdGrace is how long a tunnel raised for a command waits for the command.
@@ -46,6 +48,15 @@ const holdGrace = 10 * time.Second
 
 // LogFile is where the profile's background process writes.
 func LogFile(p *Profile) (string, error) { return stateFile(p, ".log") }
+
+// BrowserDir is where a browser of that kind keeps what belongs to the profile's windows.
+func BrowserDir(p *Profile, kind string) (string, error) {
+	dir, err := stateFile(p, "."+kind)
+	if err != nil {
+		return "", err
+	}
+	return dir, os.MkdirAll(dir, 0o700)
+}
 
 // stateFile names what belongs to one tunnel: of one user and device at one gate, wherever the profile's file lies.
 func stateFile(p *Profile, suffix string) (string, error) {
@@ -74,6 +85,7 @@ type Server struct {
 	Keeper *Keeper
 	Held   bool // the tunnel is for holders: it ends with the last one
 
+	local   *Local // for the user
 	mu      sync.Mutex
 	holders int
 	change  chan struct{} // closed and replaced at each change of Held and holders
@@ -123,8 +135,17 @@ func (s *Server) Serve(ctx context.Context, ready func(Status)) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	port, err := listenLocal(p)
+	if err != nil {
+		return err
+	}
+	defer port.Close()
+	if s.local, err = newLocal(port, s.Keeper, false); err != nil {
+		return err
+	}
 	s.change, s.ready, s.ended = make(chan struct{}), make(chan struct{}), make(chan struct{})
 	var talks sync.WaitGroup
+	talks.Go(func() { s.local.run(ctx) })
 	go func() {
 		for {
 			c, err := listener.Accept()
@@ -148,9 +169,15 @@ func (s *Server) Serve(ctx context.Context, ready func(Status)) error {
 	}
 	leave := s.Keeper.Stop
 	defer func() { leave() }()
-	ready(s.Keeper.Status())
-	if s.Held {
+	defer cancel() // first nobody uses it any more
+	ready(s.status())
+	s.mu.Lock()
+	held := s.Held
+	s.mu.Unlock()
+	if held {
 		go s.watchHolders(ctx, func() { leave = s.Keeper.Leave; cancel() })
+	} else {
+		s.local.spares.fill()
 	}
 	return s.Keeper.Run(ctx)
 }
@@ -181,6 +208,22 @@ func (s *Server) watchHolders(ctx context.Context, end func()) {
 	}
 }
 
+// status is the keeper's, and of this process.
+func (s *Server) status() Status {
+	status := s.Keeper.Status()
+	status.PID, status.Listen = os.Getpid(), s.local.at
+	return status
+}
+
+// leave is a holder's end. With the last one a held tunnel ends, and nobody hears any more that it is up.
+func (s *Server) leave(end func()) {
+	s.update(func() {
+		if s.holders--; s.holders == 0 && s.Held {
+			end()
+		}
+	})
+}
+
 func (s *Server) update(f func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -203,9 +246,9 @@ func (s *Server) talk(ctx context.Context, c net.Conn, end func()) {
 	if err := json.Unmarshal(line, &req); err != nil {
 		return
 	}
+	proxy := s.local.url
 	answer := func(err error) {
-		a := Answer{Status: s.Keeper.Status()}
-		a.Status.PID = os.Getpid()
+		a := Answer{Status: s.status(), Proxy: proxy}
 		if err != nil {
 			a.Error = err.Error()
 		}
@@ -231,20 +274,40 @@ func (s *Server) talk(ctx context.Context, c net.Conn, end func()) {
 	}
 	switch req.Do {
 	case doStatus:
+		if ctx.Err() != nil { // it is on its way down, and says nothing
+			return
+		}
 		select {
 		case <-s.ready:
 			answer(s.failed)
 		default:
-			json.NewEncoder(c).Encode(Answer{Status: Status{State: Connecting, Profile: s.Keeper.Profile.Name(), User: s.Keeper.Profile.User, PID: os.Getpid()}})
+			json.NewEncoder(c).Encode(Answer{Status: s.status()})
 		}
 	case doUp:
 		s.update(func() { s.Held = false })
 		await(false)
 	case doHold:
 		s.update(func() { s.holders++ })
-		defer s.update(func() { s.holders-- })
-		if !await(true) {
+		defer s.leave(end)
+		l, err := net.Listen("tcp4", "127.0.0.1:0")
+		if err != nil {
+			answer(err)
 			return
+		}
+		own, err := newLocal(l, s.Keeper, true)
+		if err != nil {
+			answer(err)
+			return
+		}
+		var serving sync.WaitGroup
+		serving.Go(func() { own.run(gone) })
+		defer func() { leaving(); serving.Wait() }()
+		if proxy = own.url; !await(true) {
+			return
+		}
+		own.spares.fill()
+		if why := s.Keeper.awaitRefusal(gone); why != "" {
+			answer(errors.New(why))
 		}
 		<-gone.Done()
 		if ctx.Err() != nil {
@@ -288,6 +351,7 @@ func ask(ctx context.Context, p *Profile, req controlRequest) (net.Conn, Answer,
 	err = json.NewEncoder(c).Encode(req)
 	if err == nil {
 		err = json.NewDecoder(c).Decode(&a)
+		a.Status.URL = a.Proxy
 	}
 	switch {
 	case ctx.Err() != nil:
@@ -347,16 +411,45 @@ func AskDown(ctx context.Context, p *Profile) error {
 	return ctx.Err()
 }
 
+// Held keeps a tunnel up.
+type Held struct {
+	Status Status // its URL is a proxy's that is the holder's alone
+	conn   net.Conn
+}
+
 // Hold waits until data have passed through the tunnel, so long at most, and keeps a tunnel up that was raised with Held,
-// until the result is closed; ErrDown when there is none.
-func Hold(ctx context.Context, p *Profile, wait time.Duration) (net.Conn, Status, error) {
+// until it is released; ErrDown when there is none.
+func Hold(ctx context.Context, p *Profile, wait time.Duration) (*Held, error) {
 	c, a, err := ask(ctx, p, controlRequest{doHold, wait})
-	return c, a.Status, err
+	if err != nil {
+		return nil, err
+	}
+	return &Held{a.Status, c}, nil
+}
+
+// Lost returns why nothing goes through the tunnel any more, or nil when it was released. Gone: the process that kept it is no
+// more, and its proxy neither.
+func (h *Held) Lost() (err error, gone bool) {
+	var a Answer
+	if json.NewDecoder(h.conn).Decode(&a) == nil {
+		return errors.New(a.Error), false
+	}
+	return errors.New("its process has ended"), true
+}
+
+// Release returns when the tunnel is not called up any more, if nobody else holds it. What it takes to end the session is done
+// behind its back.
+func (h *Held) Release() {
+	h.conn.SetDeadline(time.Now().Add(endPatience))
+	if h.conn.(*net.UnixConn).CloseWrite() == nil {
+		io.Copy(io.Discard, h.conn)
+	}
+	h.conn.Close()
 }
 
 // Environment is what makes programs use the proxy and, for names of this machine and of the cloud's metadata, not.
 func Environment(s Status) []string {
-	proxy := "http://" + s.Proxy.String()
+	proxy := s.URL
 	const direct = "localhost,127.0.0.1,::1,169.254.169.254,169.254.170.2"
 	return []string{
 		"HTTP_PROXY=" + proxy, "HTTPS_PROXY=" + proxy, "http_proxy=" + proxy, "https_proxy=" + proxy,

@@ -133,7 +133,7 @@ func (d *Doctor) through(ctx context.Context, proxy *url.URL, to string) (net.Co
 		conn.Close()
 		return nil, err
 	}
-	resp, err := http.ReadResponse(bufio.NewReader(io.LimitReader(conn, maxHead+maxEcho)), req)
+	resp, err := http.ReadResponse(bufio.NewReader(io.LimitReader(conn, maxAnswerHead+maxEcho)), req)
 	if err != nil {
 		conn.Close()
 		return nil, err
@@ -180,7 +180,7 @@ func within(a netip.Addr, cidrs []string) bool {
 func (d *Doctor) echo(ctx context.Context, proxy *url.URL) (netip.Addr, error) {
 	ctx, cancel := context.WithTimeout(ctx, sitePatience)
 	defer cancel()
-	t := &http.Transport{DisableKeepAlives: true, MaxResponseHeaderBytes: maxHead, DialContext: func(ctx context.Context, _, to string) (net.Conn, error) { return d.through(ctx, proxy, to) }}
+	t := &http.Transport{DisableKeepAlives: true, MaxResponseHeaderBytes: maxAnswerHead, DialContext: func(ctx context.Context, _, to string) (net.Conn, error) { return d.through(ctx, proxy, to) }}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, d.Echo, nil)
 	if err != nil {
 		return netip.Addr{}, err

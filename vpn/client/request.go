@@ -26,10 +26,10 @@ import (
 
 // Limits of what a gate may answer with.
 const (
-	minMTU   = 1280
-	maxMTU   = 1420
-	maxReply = 64 << 10
-	maxHead  = 16 << 10 // of an answer: net/http bounds it in no way
+	minMTU        = 1280
+	maxMTU        = 1420
+	maxReply      = 64 << 10
+	maxAnswerHead = 16 << 10 // of an answer: net/http bounds it in no way
 )
 
 // sharedSpace may number a tunnel network as private space may (RFC 6598).
@@ -120,7 +120,7 @@ func (g *gateConn) do(ctx context.Context, method, path string, body, reply any)
 		return err
 	}
 	_, writeErr := g.Write(wire.Bytes())
-	g.bounded.N = maxHead + maxReply + 1
+	g.bounded.N = maxAnswerHead + maxReply + 1
 	defer func() { g.bounded.N = math.MaxInt64 }()
 	resp, err := http.ReadResponse(g.replies, req)
 	if err != nil {

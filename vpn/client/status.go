@@ -20,6 +20,12 @@ const (
 	DataBlocked   = "no answer: UDP seems blocked"
 )
 
+// Modes of a tunnel.
+const (
+	ModeTUN      = "tun"      // a device of the system's
+	ModeRootless = "rootless" // inside the process that keeps it
+)
+
 // Status is what `vpn status --json` prints.
 type Status struct {
 	State         string         `json:"state"` // connecting, up, retrying, refused; down when there is no process
@@ -27,6 +33,8 @@ type Status struct {
 	User          string         `json:"user"`
 	Device        string         `json:"device,omitempty"`
 	PID           int            `json:"pid,omitempty"`
+	Listen        netip.AddrPort `json:"listen,omitzero"` // on this machine: proxy, PAC and console, for the user who raised the tunnel
+	Mode          string         `json:"mode,omitempty"`  // tun, rootless
 	Session       string         `json:"session,omitempty"`
 	Interface     string         `json:"interface,omitempty"`
 	Address       netip.Prefix   `json:"address,omitzero"`
@@ -43,6 +51,8 @@ type Status struct {
 	Received      uint64         `json:"received_bytes"`
 	Sent          uint64         `json:"sent_bytes"`
 	Problem       string         `json:"problem,omitempty"`
+
+	URL string `json:"-"` // of the proxy on this machine, for who asked; it may hold a credential
 }
 
 // Status is a snapshot.
@@ -62,6 +72,9 @@ func (k *Keeper) Status() Status {
 	}
 	if t := k.tunnel; t != nil {
 		stats := t.Stats()
+		if s.Mode = ModeTUN; t.Interface == "" {
+			s.Mode = ModeRootless
+		}
 		s.Session, s.Interface, s.Address, s.Proxy, s.Console = t.Session.ID, t.Interface, t.Session.Address, t.Session.Proxy, t.Session.Console
 		s.Gate, s.PostQuantum, s.Data, s.Since, s.Expires = t.Gate, t.PostQuantum, k.data, k.since, t.Session.Expires
 		if s.Transport = "udp"; t.wire.onStream() {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"syscall"
 
 	"github.com/vishvananda/netlink"
@@ -13,7 +14,7 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 )
 
-// CheckDevice says whether this process may make a tunnel device.
+// CheckDevice says whether this process may make a tunnel device. Where it may not, a netstack does.
 func CheckDevice() error {
 	have, err := capabilities()
 	if err != nil {
@@ -22,7 +23,11 @@ func CheckDevice() error {
 	if have[0].Effective&(1<<unix.CAP_NET_ADMIN) == 0 {
 		return errors.New(`a tunnel device needs CAP_NET_ADMIN: run it with sudo, or once: sudo setcap cap_net_admin+ep "$(command -v vpn)"`)
 	}
-	return nil
+	f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
+	if err != nil {
+		return fmt.Errorf("tunnel device: %w", err)
+	}
+	return f.Close()
 }
 
 // systemTUN is a Link of the operating system's: every process of the machine reaches the proxy through it.

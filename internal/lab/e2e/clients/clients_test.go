@@ -285,6 +285,18 @@ func newPage() http.Handler {
 			});
 		</script>`)
 	})
+	// What WebRTC finds out about this machine, with a server to ask that is not behind the proxy.
+	mux.HandleFunc("/webrtc", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/html")
+		io.WriteString(w, `<p id="saw">nothing yet</p><img src="/wait"><script>
+			const pc = new RTCPeerConnection({iceServers: [{urls: "stun:198.18.1.1:3478"}]});
+			const found = [];
+			const end = () => { document.getElementById("saw").textContent = "gathered: " + found.join(" | "); fetch("/done") };
+			pc.onicecandidate = (e) => { if (e.candidate && e.candidate.candidate) found.push(e.candidate.candidate); else if (!e.candidate) end() };
+			pc.createDataChannel("x");
+			pc.createOffer().then(o => pc.setLocalDescription(o));
+		</script>`)
+	})
 	mux.HandleFunc("/who", func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, "seen from %s", strings.Split(r.RemoteAddr, ":")[0])
 	})
@@ -361,7 +373,7 @@ const isInNet = (host, net, mask) => (number(host) & number(mask)) === (number(n
 const find = new Function("isInNet", text + "; return FindProxyForURL")(isInNet);
 for (const host of process.argv.slice(2)) console.log(host + " " + find("https://" + host + "/", host));
 `)
-	const through, direct = "PROXY 10.77.0.1:3128", "DIRECT"
+	const through, direct = "PROXY 127.0.0.1:3128", "DIRECT"
 	want := map[string]string{
 		"console.aws.amazon.com": through, "CONSOLE.AWS.amazon.com.": through, "a.b.aws.amazon.com": through, "aws.amazon.com": direct, "evilaws.amazon.com": direct,
 		"sts.us-east-1.amazonaws.com": through, "amazonaws.com": direct, "evilamazonaws.com": direct, "amazonaws.com.evil": direct, refused: through,
