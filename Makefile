@@ -6,6 +6,8 @@
 # make bench-sessions  5,000 sessions, revocations and crashes among many, three minutes; writes docs/benchmarks.md, fails if a promise is broken
 # make bench-limits   what the machine can do without us, half a minute; writes docs/benchmarks.md
 # make test-iam     our evaluator of IAM policies against an independent one from npm, 10,000 cases, half a minute
+# make deb          the Debian packages, built twice and compared, under lintian; in bin/deb
+# make test-container  the packages installed, upgraded, killed and purged in a Debian with systemd; part of make test
 # make soak         100,000 knocks at the running daemon, ten minutes; fails if anything grows
 
 SHELL := /bin/bash
@@ -14,15 +16,17 @@ GO ?= go
 
 DEMO_TOOLS := nft:nftables ip:iproute2 curl:curl nmap:nmap
 TEST_TOOLS := $(DEMO_TOOLS) gcc:gcc knock:knockd wg:wireguard-tools wireguard-go:wireguard-go setcap:libcap2-bin make-cadir:easy-rsa openssl:openssl strace:strace \
-	/lib/systemd/systemd-journal-remote:systemd-journal-remote jc:jc jq:jq
+	/lib/systemd/systemd-journal-remote:systemd-journal-remote jc:jc jq:jq systemd-analyze:systemd
 FULL_TOOLS := $(TEST_TOOLS) chromium:chromium certutil:libnss3-tools /usr/bin/aws:awscli node:nodejs npm:npm calamaris:calamaris radosgw:radosgw ceph-mon:ceph-mon ceph-osd:ceph-osd
 PEER_TOOLS := nft:nftables ip:iproute2 iptables:iptables ipset:ipset knockd:knockd fwknopd:fwknop-server fwknop:fwknop-client
+DEB_TOOLS := dh:debhelper dpkg-buildpackage:dpkg-dev lintian:lintian
+CONTAINER_TOOLS := nft:nftables ip:iproute2 curl:curl dh:debhelper dpkg-buildpackage:dpkg-dev systemd-nspawn:systemd-container mmdebstrap:mmdebstrap
 SOAK_TOOLS := nft:nftables ip:iproute2
 IAM_TOOLS := node:nodejs npm:npm
 VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod
-UNIT := $(GO) list ./... | grep -v internal/lab/e2e
+UNIT := $(GO) list ./... | grep -v -e internal/lab/e2e -e internal/lab/container
 
-.PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-door bench-sessions bench-limits soak clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools soak-tools
+.PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-door bench-sessions bench-limits soak deb test-container clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools soak-tools deb-tools container-tools
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
@@ -31,7 +35,7 @@ demo: demo-tools build
 	$(GO) build -o bin/lab-demo ./internal/lab/demo
 	bin/lab-demo
 
-test: test-tools build lint unit e2e
+test: test-tools build lint unit e2e test-container
 
 lint:
 	@out=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$out" ] || { echo "gofmt would change:"; echo "$$out"; exit 1; }
@@ -99,6 +103,21 @@ soak: soak-tools build
 	$(GO) build -o bin/lab-soak ./internal/lab/soak
 	bin/lab-soak
 
+# Two builds, one hash. Lintian may find nothing.
+deb: deb-tools
+	packaging/build.sh bin/deb
+	ARCHES=$$(dpkg --print-architecture) packaging/build.sh bin/deb/again
+	for f in bin/deb/again/*.deb; do cmp "$$f" "bin/deb/$${f##*/}"; done
+	rm -r bin/deb/again
+	for f in bin/deb/*.changes; do lintian --allow-root --display-info --pedantic --fail-on error,warning,info,pedantic "$$f"; done
+	sha256sum bin/deb/*.deb
+	cd deploy/systemd && $(GO) test -count=1 -v -run TestUnitsAreShutIn . | grep exposure
+
+# The older and the newer version of an upgrade, and a Debian to install them on, which is kept in .cache/container.
+test-container: container-tools build
+	for version in 0.1.0 0.1.0+upgrade; do ARCHES=$$(dpkg --print-architecture) packaging/build.sh bin/deb/test $$version; done
+	$(GO) test -count=1 -v -timeout 20m ./internal/lab/container
+
 clean:
 	rm -rf bin
 
@@ -131,3 +150,9 @@ peer-tools:
 
 soak-tools:
 	$(call install,$(SOAK_TOOLS))
+
+deb-tools:
+	$(call install,$(DEB_TOOLS))
+
+container-tools:
+	$(call install,$(CONTAINER_TOOLS))

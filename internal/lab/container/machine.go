@@ -1,0 +1,204 @@
+//go:build linux
+
+package container
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"perimeterd/internal/lab"
+)
+
+// machine is a Debian that systemd runs, in a network namespace of the lab.
+type machine struct {
+	Root string // its files, also after Stop
+
+	ns     *lab.Namespace
+	nspawn *exec.Cmd
+	ended  chan struct{}
+	out    journal
+	leader int // its first process, as this host numbers it
+}
+
+// journal is what the machine says on its console.
+type journal struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (j *journal) Write(b []byte) (int, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.text.Write(b)
+}
+
+func (j *journal) String() string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.text.String()
+}
+
+// newMachine lays an empty layer over the root, which stays as it is. Dir is where it is mounted; Remove takes it away.
+func newMachine(root, dir string, ns *lab.Namespace) (_ *machine, err error) {
+	m := &machine{Root: filepath.Join(dir, "root"), ns: ns}
+	if err := unix.Mount("container", dir, "tmpfs", 0, "mode=0755"); err != nil {
+		return nil, fmt.Errorf("tmpfs: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.Remove())
+		}
+	}()
+	for _, name := range []string{"root", "upper", "work"} {
+		if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil {
+			return nil, err
+		}
+	}
+	layers := fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%[2]s/work", root, dir)
+	if err := unix.Mount("container", m.Root, "overlay", 0, layers); err != nil {
+		return nil, fmt.Errorf("overlay: %w", err)
+	}
+	for name, text := range map[string]string{
+		"etc/hostname":    "bastion\n",
+		"etc/resolv.conf": "nameserver 198.19.1.2\noptions timeout:1 attempts:2\n", // the lab's
+		// A container has no udev, whose rules are these (50-udev-default.rules).
+		"etc/tmpfiles.d/tun.conf": "z /dev/net/tun 0666 root root -\n",
+	} {
+		if err := os.WriteFile(filepath.Join(m.Root, name), []byte(text), 0o644); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+// Start boots it, and returns when it is up.
+func (m *machine) Start(ctx context.Context) error {
+	m.nspawn = exec.Command("systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "--console=pipe", "--link-journal=no", "--resolv-conf=off",
+		"--timezone=off", "--capability=CAP_NET_ADMIN", "--network-namespace-path=/run/netns/"+m.ns.Name, "--directory="+m.Root, "--machine=bastion")
+	m.nspawn.Env = append(os.Environ(), "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
+	m.nspawn.Stdout, m.nspawn.Stderr = &m.out, &m.out
+	m.nspawn.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := m.nspawn.Start(); err != nil {
+		return err
+	}
+	ended := make(chan struct{})
+	m.ended, m.leader = ended, 0
+	go func() { m.nspawn.Wait(); close(ended) }()
+	err := eventually(ctx, "the machine is up", func() error {
+		select {
+		case <-ended:
+			return fatal{fmt.Errorf("systemd-nspawn ended: %v", m.nspawn.ProcessState)}
+		default:
+		}
+		if m.leader == 0 {
+			children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", m.nspawn.Process.Pid))
+			if err != nil {
+				return err
+			}
+			first, _, _ := strings.Cut(strings.TrimSpace(string(children)), " ")
+			if m.leader, err = strconv.Atoi(first); err != nil {
+				return fmt.Errorf("children %q", children)
+			}
+		}
+		// Failed units are the tests' to judge.
+		if out, _ := m.Command(ctx, "systemctl", "is-system-running").CombinedOutput(); !bytes.Contains(out, []byte("running")) && !bytes.Contains(out, []byte("degraded")) {
+			return fmt.Errorf("systemd is %q", bytes.TrimSpace(out))
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("%w\n%s", errors.Join(err, m.Stop()), m.out.String())
+	}
+	return nil
+}
+
+// Command prepares a command in it, as root.
+func (m *machine) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
+	c := exec.CommandContext(ctx, "nsenter", append([]string{"--target", strconv.Itoa(m.leader), "--all", "--", "env", "--chdir=/root", name}, args...)...)
+	c.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LC_ALL=C.UTF-8", "DEBIAN_FRONTEND=noninteractive"}
+	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	c.WaitDelay = 2 * time.Second
+	return c
+}
+
+// Copy puts a file of this host into root's home there.
+func (m *machine) Copy(path string) error {
+	from, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	to, err := os.Create(filepath.Join(m.Root, "root", filepath.Base(path)))
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(to, from)
+	return errors.Join(err, to.Close())
+}
+
+// Stop takes its power away: nothing in it ends in order.
+func (m *machine) Stop() error {
+	if m.ended == nil {
+		return nil
+	}
+	if m.leader != 0 {
+		_ = syscall.Kill(m.leader, syscall.SIGKILL) // its processes go with the first
+	}
+	select {
+	case <-m.ended:
+	case <-time.After(20 * time.Second):
+		_ = m.nspawn.Process.Kill()
+		<-m.ended
+	}
+	m.ended = nil
+	return nil
+}
+
+// Remove takes the layer away.
+func (m *machine) Remove() error {
+	err := m.Stop()
+	dir := filepath.Dir(m.Root)
+	for _, mounted := range []string{m.Root, dir} {
+		if e := unix.Unmount(mounted, unix.MNT_DETACH); e != nil && !errors.Is(e, unix.EINVAL) {
+			err = errors.Join(err, fmt.Errorf("unmount %s: %w", mounted, e))
+		}
+	}
+	return err
+}
+
+// fatal is an error after which waiting is no use.
+type fatal struct{ error }
+
+// eventually tries until it is well, or a minute has passed.
+func eventually(ctx context.Context, what string, try func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for {
+		err := try()
+		var f fatal
+		switch {
+		case err == nil:
+			return nil
+		case errors.As(err, &f):
+			return fmt.Errorf("%s: %w", what, err)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("not in time: %s: %w", what, err)
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
