@@ -561,7 +561,7 @@ func (r *restoration) report(out io.Writer) {
 		clock(knock.Start(knock.StepAt(r.now, r.c.Knock.Step)+3, r.c.Knock.Step)), r.c.Endpoint)
 	start := "perimeterd run" + flag
 	if r.config == configs.DefaultPath && control.HasService() {
-		start = "systemctl start " + control.Unit
+		start = "systemctl enable --now " + control.Unit
 	}
 	fmt.Fprintf(out, "Next:\n    perimeterd check%s\n    %s\n", flag, start)
 }

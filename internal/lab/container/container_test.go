@@ -82,6 +82,7 @@ func TestPackages(t *testing.T) {
 		{"other rules are loaded", (*installation).reloadRules},
 		{"the power goes", (*installation).reboot},
 		{"remove keeps what purge removes", (*installation).purge},
+		{"a backup brings it back", (*installation).restore},
 	} {
 		if !t.Run(part.name, func(t *testing.T) { i.t = t; part.run(i) }) {
 			return
@@ -483,6 +484,7 @@ func (i *installation) reboot() {
 }
 
 func (i *installation) purge() {
+	i.ok("sh", "-c", "echo correct horse battery staple > words && perimeterd backup --passphrase-file words bastion.backup")
 	i.vpn("down")
 	i.apt("remove", "perimeterd", "perimeter-client")
 	i.fails("pgrep", "-u", "perimeterd,perimeterd-signer")
@@ -497,6 +499,24 @@ func (i *installation) purge() {
 	i.fetch()
 	i.vpn("down")
 
+	i.purged()
+}
+
+// restore is another host that takes over.
+func (i *installation) restore() {
+	i.apt(append([]string{"install"}, i.debs(newer)...)...)
+	said := i.ok("perimeterd", "restore", "--passphrase-file", "words", "bastion.backup")
+	i.want(said, "Next:\n    perimeterd check\n    systemctl enable --now perimeterd.service\n")
+	i.ok("systemctl", "enable", "--now", "perimeterd.service")
+	i.checked()
+	i.vpn("up") // with the profile of then
+	i.fetch()
+	i.vpn("down")
+	i.purged()
+}
+
+func (i *installation) purged() {
+	i.t.Helper()
 	i.apt("purge", "perimeterd", "perimeter-client")
 	i.ok("systemctl", "stop", "nftables.service")
 	if after := i.inventory(); after != i.before {
