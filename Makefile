@@ -113,10 +113,13 @@ deb: deb-tools
 	sha256sum bin/deb/*.deb
 	cd deploy/systemd && $(GO) test -count=1 -v -run TestUnitsAreShutIn . | grep exposure
 
-# The older and the newer version of an upgrade, and a Debian to install them on, which is kept in .cache/container.
+# The older and the newer version of an upgrade, and a Debian to install them on, which is kept in .cache/container. Make test is
+# content with one release.
+RELEASES ?= bookworm trixie
+test: RELEASES = bookworm
 test-container: container-tools build
 	for version in 0.1.0 0.1.0+upgrade; do ARCHES=$$(dpkg --print-architecture) packaging/build.sh bin/deb/test $$version; done
-	$(GO) test -count=1 -v -timeout 20m ./internal/lab/container
+	for release in $(RELEASES); do RELEASE=$$release $(GO) test -count=1 -v -timeout 20m ./internal/lab/container; done
 
 clean:
 	rm -rf bin

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -22,11 +23,12 @@ import (
 	"perimeterd/internal/lab"
 )
 
-// machine is a Debian that systemd runs, in a network namespace of the lab.
+// machine is a Debian that systemd runs, in a network namespace of the lab. Its files are a layer in memory over a root, mounted where
+// nobody else sees it, so that nothing is left of it when this process ends, however it does.
 type machine struct {
-	Root string // its files, also after Stop
-
 	ns     *lab.Namespace
+	root   string // where its files are mounted, for the thread below
+	thread chan func()
 	nspawn *exec.Cmd
 	ended  chan struct{}
 	out    journal
@@ -51,25 +53,49 @@ func (j *journal) String() string {
 	return j.text.String()
 }
 
-// newMachine lays an empty layer over the root, which stays as it is. Dir is where it is mounted; Remove takes it away.
-func newMachine(root, dir string, ns *lab.Namespace) (_ *machine, err error) {
-	m := &machine{Root: filepath.Join(dir, "root"), ns: ns}
-	if err := unix.Mount("container", dir, "tmpfs", 0, "mode=0755"); err != nil {
-		return nil, fmt.Errorf("tmpfs: %w", err)
+// newMachine lays an empty layer over the root, which stays as it is. Dir is an empty directory.
+func newMachine(root, dir string, ns *lab.Namespace) (*machine, error) {
+	m := &machine{ns: ns, root: filepath.Join(dir, "root"), thread: make(chan func())}
+	ready := make(chan error, 1)
+	go m.keep(func() error { return m.mount(root, dir) }, ready)
+	return m, <-ready
+}
+
+// keep is a thread with mounts of its own, which starts the machine: the kernel kills that when the thread ends.
+func (m *machine) keep(mount func() error, ready chan<- error) {
+	runtime.LockOSThread()
+	if unix.Gettid() == unix.Getpid() { // this one outlives every goroutine: while it is held, the next is another
+		done := make(chan struct{})
+		go func() { defer close(done); m.keep(mount, ready) }()
+		<-done
+		runtime.UnlockOSThread()
+		return
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, m.Remove())
-		}
-	}()
+	err := unix.Unshare(unix.CLONE_NEWNS)
+	if err == nil {
+		err = unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, "")
+	}
+	if err == nil {
+		err = mount()
+	}
+	ready <- err
+	for job := range m.thread {
+		job()
+	}
+}
+
+func (m *machine) mount(root, dir string) error {
+	if err := unix.Mount("container", dir, "tmpfs", 0, "mode=0755"); err != nil {
+		return fmt.Errorf("tmpfs: %w", err)
+	}
 	for _, name := range []string{"root", "upper", "work"} {
 		if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	layers := fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%[2]s/work", root, dir)
-	if err := unix.Mount("container", m.Root, "overlay", 0, layers); err != nil {
-		return nil, fmt.Errorf("overlay: %w", err)
+	if err := unix.Mount("container", m.root, "overlay", 0, layers); err != nil {
+		return fmt.Errorf("overlay: %w", err)
 	}
 	for name, text := range map[string]string{
 		"etc/hostname":    "bastion\n",
@@ -77,21 +103,26 @@ func newMachine(root, dir string, ns *lab.Namespace) (_ *machine, err error) {
 		// A container has no udev, whose rules are these (50-udev-default.rules).
 		"etc/tmpfiles.d/tun.conf": "z /dev/net/tun 0666 root root -\n",
 	} {
-		if err := os.WriteFile(filepath.Join(m.Root, name), []byte(text), 0o644); err != nil {
-			return nil, err
+		if err := os.WriteFile(filepath.Join(m.root, name), []byte(text), 0o644); err != nil {
+			return err
 		}
 	}
-	return m, nil
+	return nil
 }
+
+// Path is where this process finds a file of the machine while it runs.
+func (m *machine) Path(name string) string { return fmt.Sprintf("/proc/%d/root/%s", m.leader, name) }
 
 // Start boots it, and returns when it is up.
 func (m *machine) Start(ctx context.Context) error {
 	m.nspawn = exec.Command("systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "--console=pipe", "--link-journal=no", "--resolv-conf=off",
-		"--timezone=off", "--capability=CAP_NET_ADMIN", "--network-namespace-path=/run/netns/"+m.ns.Name, "--directory="+m.Root, "--machine=bastion")
+		"--timezone=off", "--capability=CAP_NET_ADMIN", "--network-namespace-path=/run/netns/"+m.ns.Name, "--directory="+m.root, "--machine=bastion")
 	m.nspawn.Env = append(os.Environ(), "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
 	m.nspawn.Stdout, m.nspawn.Stderr = &m.out, &m.out
-	m.nspawn.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := m.nspawn.Start(); err != nil {
+	m.nspawn.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	started := make(chan error)
+	m.thread <- func() { started <- m.nspawn.Start() }
+	if err := <-started; err != nil {
 		return err
 	}
 	ended := make(chan struct{})
@@ -141,7 +172,7 @@ func (m *machine) Copy(path string) error {
 		return err
 	}
 	defer from.Close()
-	to, err := os.Create(filepath.Join(m.Root, "root", filepath.Base(path)))
+	to, err := os.Create(m.Path("root/" + filepath.Base(path)))
 	if err != nil {
 		return err
 	}
@@ -167,16 +198,10 @@ func (m *machine) Stop() error {
 	return nil
 }
 
-// Remove takes the layer away.
+// Remove takes its files away.
 func (m *machine) Remove() error {
-	err := m.Stop()
-	dir := filepath.Dir(m.Root)
-	for _, mounted := range []string{m.Root, dir} {
-		if e := unix.Unmount(mounted, unix.MNT_DETACH); e != nil && !errors.Is(e, unix.EINVAL) {
-			err = errors.Join(err, fmt.Errorf("unmount %s: %w", mounted, e))
-		}
-	}
-	return err
+	defer close(m.thread)
+	return m.Stop()
 }
 
 // fatal is an error after which waiting is no use.

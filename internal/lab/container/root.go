@@ -16,17 +16,14 @@ import (
 	"strings"
 )
 
-// release is the Debian that the packages are installed on.
-const release = "bookworm"
-
 // What the packages depend on lies ready, so that nothing is fetched while the tests run; knockd is for the client's diversion.
 const included = "systemd-sysv,nftables,iproute2,knockd"
 
 // What it does without, to be small.
 var excluded = []string{"/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*", "/usr/share/i18n/*", "/usr/lib/*/gconv/*"}
 
-// prepareRoot unpacks Debian below cache, or takes what is there from an earlier run.
-func prepareRoot(ctx context.Context, cache string) (root string, err error) {
+// prepareRoot unpacks a release of Debian below cache, or takes what is there from an earlier run.
+func prepareRoot(ctx context.Context, cache, release string) (root string, err error) {
 	recipe := sha256.Sum256([]byte(included + strings.Join(excluded, ",")))
 	root = filepath.Join(cache, fmt.Sprintf("%s-%x", release, recipe[:4]))
 	if _, err := os.Stat(root); !errors.Is(err, fs.ErrNotExist) {
