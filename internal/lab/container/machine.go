@@ -8,10 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -29,6 +31,7 @@ type machine struct {
 	ns     *lab.Namespace
 	root   string // where its files are mounted, for the thread below
 	thread chan func()
+	cgroup string // of its processes, a directory
 	nspawn *exec.Cmd
 	ended  chan struct{}
 	out    journal
@@ -55,7 +58,15 @@ func (j *journal) String() string {
 
 // newMachine lays an empty layer over the root, which stays as it is. Dir is an empty directory.
 func newMachine(root, dir string, ns *lab.Namespace) (*machine, error) {
-	m := &machine{ns: ns, root: filepath.Join(dir, "root"), thread: make(chan func())}
+	// Version 2, alone or beside version 1. Without one of its own, two machines would share the test's.
+	groups := "/sys/fs/cgroup"
+	if _, err := os.Stat(groups + "/unified"); err == nil {
+		groups += "/unified"
+	}
+	m := &machine{ns: ns, root: filepath.Join(dir, "root"), thread: make(chan func()), cgroup: filepath.Join(groups, ns.Name)}
+	if err := os.Mkdir(m.cgroup, 0o755); err != nil {
+		return nil, err
+	}
 	ready := make(chan error, 1)
 	go m.keep(func() error { return m.mount(root, dir) }, ready)
 	return m, <-ready
@@ -98,7 +109,6 @@ func (m *machine) mount(root, dir string) error {
 		return fmt.Errorf("overlay: %w", err)
 	}
 	for name, text := range map[string]string{
-		"etc/hostname":    "bastion\n",
 		"etc/resolv.conf": "nameserver 198.19.1.2\noptions timeout:1 attempts:2\n", // the lab's
 		// A container has no udev, whose rules are these (50-udev-default.rules).
 		"etc/tmpfiles.d/tun.conf": "z /dev/net/tun 0666 root root -\n",
@@ -116,10 +126,15 @@ func (m *machine) Path(name string) string { return fmt.Sprintf("/proc/%d/root/%
 // Start boots it, and returns when it is up.
 func (m *machine) Start(ctx context.Context) error {
 	m.nspawn = exec.Command("systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "--console=pipe", "--link-journal=no", "--resolv-conf=off",
-		"--timezone=off", "--capability=CAP_NET_ADMIN", "--network-namespace-path=/run/netns/"+m.ns.Name, "--directory="+m.root, "--machine=bastion")
+		"--timezone=off", "--capability=CAP_NET_ADMIN", "--network-namespace-path=/run/netns/"+m.ns.Name, "--directory="+m.root, "--machine="+m.ns.Name)
 	m.nspawn.Env = append(os.Environ(), "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
 	m.nspawn.Stdout, m.nspawn.Stderr = &m.out, &m.out
-	m.nspawn.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	group, err := os.Open(m.cgroup)
+	if err != nil {
+		return err
+	}
+	defer group.Close()
+	m.nspawn.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL, UseCgroupFD: true, CgroupFD: int(group.Fd())}
 	started := make(chan error)
 	m.thread <- func() { started <- m.nspawn.Start() }
 	if err := <-started; err != nil {
@@ -128,7 +143,7 @@ func (m *machine) Start(ctx context.Context) error {
 	ended := make(chan struct{})
 	m.ended, m.leader = ended, 0
 	go func() { m.nspawn.Wait(); close(ended) }()
-	err := eventually(ctx, "the machine is up", func() error {
+	err = eventually(ctx, "the machine is up", func() error {
 		select {
 		case <-ended:
 			return fatal{fmt.Errorf("systemd-nspawn ended: %v", m.nspawn.ProcessState)}
@@ -201,7 +216,24 @@ func (m *machine) Stop() error {
 // Remove takes its files away.
 func (m *machine) Remove() error {
 	defer close(m.thread)
-	return m.Stop()
+	err := m.Stop()
+	os.Remove("/run/systemd/nspawn/propagate/" + m.ns.Name) // nspawn does not dare
+	var groups []string
+	for _, top := range []string{m.cgroup, "/sys/fs/cgroup/systemd/" + m.ns.Name} { // and where version 1 mirrors it
+		e := filepath.WalkDir(top, func(path string, d fs.DirEntry, err error) error {
+			if err == nil && d.IsDir() {
+				groups = append(groups, path)
+			}
+			return err
+		})
+		if !errors.Is(e, fs.ErrNotExist) {
+			err = errors.Join(err, e)
+		}
+	}
+	for _, g := range slices.Backward(groups) { // children first
+		err = errors.Join(err, os.Remove(g))
+	}
+	return err
 }
 
 // fatal is an error after which waiting is no use.
