@@ -5,6 +5,7 @@ package container
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -395,8 +396,46 @@ func (i *installation) session() string {
 	return id
 }
 
+// download begins a file of some seconds through the proxy, and returns when data has come. Its end is all of the file, or an
+// error of curl's: what was cut never looks whole.
+func (i *installation) download() (end func()) {
+	i.t.Helper()
+	const size = 32 << 20
+	file := filepath.Join(i.Dir, "download")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		i.t.Fatal(err)
+	}
+	came := func() int64 {
+		st, err := os.Stat(file)
+		if err != nil {
+			i.t.Fatal(err)
+		}
+		return st.Size()
+	}
+	curl := i.alice.Command(i.ctx, "curl", "-sS", "--max-time", "120", "--limit-rate", "4M", "--cacert", i.cloud.CAFile, "--proxy", "http://10.77.0.1:3128",
+		"--output", file, fmt.Sprintf("https://%s/bytes/%d", cloudName, size))
+	if err := curl.Start(); err != nil {
+		i.t.Fatal(err)
+	}
+	i.eventually("data comes", func() error {
+		if came() == 0 {
+			return errors.New("none yet")
+		}
+		return nil
+	})
+	return func() {
+		i.t.Helper()
+		err, n := curl.Wait(), came()
+		i.t.Logf("of a download of %d MiB there came %d: %v", size>>20, n>>20, cmp.Or(err, errors.New("whole")))
+		if err == nil && n != size {
+			i.t.Errorf("%d bytes of %d look whole", n, size)
+		}
+	}
+}
+
 func (i *installation) kill() {
-	session, pid := i.session(), i.show("MainPID")
+	session, pid, ended := i.session(), i.show("MainPID"), i.download()
+	defer ended()
 	i.ok("systemctl", "kill", "--signal=KILL", "perimeterd.service")
 	i.want(i.ok("nft", "list", "table", "inet", "perimeterd"), "chain gate") // dead or alive
 	i.eventually("another daemon runs", func() error {
@@ -418,7 +457,8 @@ func (i *installation) kill() {
 }
 
 func (i *installation) upgrade() {
-	session, pid := i.session(), i.show("MainPID")
+	session, pid, ended := i.session(), i.show("MainPID"), i.download()
+	defer ended()
 	said := i.apt(append([]string{"install"}, i.debs(newer)...)...)
 	if strings.Contains(said, "Next:") {
 		i.t.Errorf("an upgrade is no first time:\n%s", said)
