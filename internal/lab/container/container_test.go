@@ -346,7 +346,7 @@ func (i *installation) unprivileged() {
 		"/var/lib/perimeterd":                 "perimeterd:perimeterd 700",
 		"/run/perimeterd/control.sock":        "perimeterd:perimeterd 660",
 		"/run/perimeterd/audit.sock":          "perimeterd:perimeterd-audit 660",
-		"/run/perimeterd/signer.sock":         "root:perimeterd 660",
+		"/run/perimeterd/signer.sock":         "root:root 666",
 	} {
 		if got := strings.TrimSpace(i.ok("stat", "--format=%U:%G %a", path)); got != want {
 			i.t.Errorf("%s is %s, want %s", path, got, want)
@@ -375,6 +375,7 @@ func (i *installation) groups() {
 	i.ok("runuser", as("olga", "user", "set", "alice", "--devices", "4")...)
 	i.want(i.ok("perimeterd", "audit", "query", "--kind", "operator"), "olga (")
 	i.fails("runuser", as("nemo", "status")...)
+	i.fails("runuser", as("nemo", "user", "add", "mallory")...)
 	for _, user := range []string{"olga", "anna", "nemo"} {
 		i.ok("userdel", "--force", user)
 	}
