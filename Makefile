@@ -9,6 +9,8 @@
 # make test-iam     our evaluator of IAM policies against an independent one from npm, 10,000 cases, half a minute
 # make bench-knock  3,000 knocks over a link with two receive queues, a minute; fails if one of our client's was lost
 # make bench-connect  time to a tunnel and to the first byte, cold and warm, with losses; the tunnel beside wireguard-go; eight minutes; writes docs/benchmarks.md
+# make deb          the Debian packages, built twice and compared, under lintian; in bin/deb
+# make test-container  the packages installed, upgraded, killed and purged in a Debian with systemd; part of make test
 # make soak         100,000 knocks at the running daemon, ten minutes; fails if anything grows
 
 SHELL := /bin/bash
@@ -17,16 +19,18 @@ GO ?= go
 
 DEMO_TOOLS := nft:nftables ip:iproute2 curl:curl nmap:nmap
 TEST_TOOLS := $(DEMO_TOOLS) gcc:gcc knock:knockd wg:wireguard-tools wireguard-go:wireguard-go setcap:libcap2-bin make-cadir:easy-rsa openssl:openssl strace:strace \
-	/lib/systemd/systemd-journal-remote:systemd-journal-remote jc:jc jq:jq
+	/lib/systemd/systemd-journal-remote:systemd-journal-remote jc:jc jq:jq systemd-analyze:systemd
 FULL_TOOLS := $(TEST_TOOLS) chromium:chromium certutil:libnss3-tools /usr/bin/aws:awscli node:nodejs npm:npm calamaris:calamaris radosgw:radosgw ceph-mon:ceph-mon ceph-osd:ceph-osd
 PEER_TOOLS := nft:nftables ip:iproute2 iptables:iptables ipset:ipset knockd:knockd fwknopd:fwknop-server fwknop:fwknop-client
+DEB_TOOLS := dh:debhelper dpkg-buildpackage:dpkg-dev lintian:lintian systemd-analyze:systemd
+CONTAINER_TOOLS := nft:nftables ip:iproute2 curl:curl dh:debhelper dpkg-buildpackage:dpkg-dev systemd-nspawn:systemd-container mmdebstrap:mmdebstrap
 SOAK_TOOLS := nft:nftables ip:iproute2
 IAM_TOOLS := node:nodejs npm:npm
 VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod
 CLIENT := ./cmd/knock ./cmd/vpn ./vpn ./vpn/client ./knock
-UNIT := $(GO) list ./... | grep -v internal/lab/e2e
+UNIT := $(GO) list ./... | grep -v -e internal/lab/e2e -e internal/lab/container
 
-.PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-door bench-sessions bench-client bench-limits bench-knock bench-connect soak clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools soak-tools
+.PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-door bench-sessions bench-client bench-limits bench-knock bench-connect soak deb test-container clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools soak-tools deb-tools container-tools
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
@@ -35,7 +39,7 @@ demo: demo-tools build
 	$(GO) build -o bin/lab-demo ./internal/lab/demo
 	bin/lab-demo
 
-test: test-tools build lint unit e2e
+test: test-tools build lint unit e2e test-container
 
 lint:
 	@out=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$out" ] || { echo "gofmt would change:"; echo "$$out"; exit 1; }
@@ -121,6 +125,24 @@ soak: soak-tools build
 	$(GO) build -o bin/lab-soak ./internal/lab/soak
 	bin/lab-soak
 
+# Two builds that share nothing, one hash. Lintian may find nothing.
+deb: deb-tools
+	packaging/build.sh bin/deb
+	cache=$$(mktemp -d); trap "rm -rf $$cache" EXIT; GOCACHE=$$cache ARCHES=$$(dpkg --print-architecture) packaging/build.sh bin/deb/again
+	for f in bin/deb/again/*.deb; do cmp "$$f" "bin/deb/$${f##*/}"; done
+	rm -r bin/deb/again
+	for f in bin/deb/*.changes; do lintian --allow-root --display-info --pedantic --fail-on error,warning,info,pedantic "$$f"; done
+	sha256sum bin/deb/*.deb
+	cd deploy/systemd && $(GO) test -count=1 -v -run TestUnitsAreShutIn . | grep exposure
+
+# The older and the newer version of an upgrade, and a Debian to install them on, which is kept in .cache/container. Make test is
+# content with one release.
+RELEASES ?= bookworm trixie
+test: RELEASES = bookworm
+test-container: container-tools build
+	for version in 0.1.0 0.1.0+upgrade; do ARCHES=$$(dpkg --print-architecture) packaging/build.sh bin/deb/test $$version; done
+	for release in $(RELEASES); do RELEASE=$$release $(GO) test -count=1 -v -timeout 20m ./internal/lab/container; done
+
 clean:
 	rm -rf bin
 
@@ -153,3 +175,9 @@ peer-tools:
 
 soak-tools:
 	$(call install,$(SOAK_TOOLS))
+
+deb-tools:
+	$(call install,$(DEB_TOOLS))
+
+container-tools:
+	$(call install,$(CONTAINER_TOOLS))

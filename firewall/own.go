@@ -95,6 +95,14 @@ func (f *Firewall) claimLocked() (fresh bool, err error) {
 	return true, nil
 }
 
+// Exists says whether a table of our name is there, whoever made it.
+func (f *Firewall) Exists() (bool, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	_, there, err := f.tableFlagsLocked()
+	return there, err
+}
+
 // Owned tells whether other tools are kept from changing the table.
 func (f *Firewall) Owned() bool {
 	f.mu.Lock()

@@ -71,6 +71,21 @@ func TestSpentTokenStaysSpent(t *testing.T) {
 			}
 			load(s, true, store)
 		}},
+		{"the table is lost with the daemon, and made anew before the next one", func(s *siege, store *steps, earlier bool) {
+			restart(s)
+			s.nft("delete table inet perimeterd")
+			if there, err := s.fw.Exists(); there || err != nil {
+				s.t.Errorf("the table is there: %v %v", there, err)
+			}
+			if !earlier { // without it the next daemon takes the table for its own
+				if err := CloseSteps(store); err != nil {
+					s.t.Fatal(err)
+				}
+			}
+			apply(s)
+			restart(s)
+			load(s, apply(s), store)
+		}},
 		{"another tool made the table, and ours is lost with the daemon", func(s *siege, store *steps, earlier bool) {
 			restart(s)
 			s.nft("delete table inet perimeterd\nadd table inet perimeterd")

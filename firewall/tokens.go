@@ -83,6 +83,24 @@ func NewTokens(fw *Firewall, fresh bool, server knock.ServerID, length time.Dura
 	return t, fw.FlushTokens()
 }
 
+// CloseSteps is for who makes the table anew and loads no tokens: whoever loads them later finds a table that is not fresh, and
+// must not take its empty memory of spent tokens for a whole one.
+func CloseSteps(store StepStore) error {
+	text, err := store.TokenSteps()
+	if err != nil || text == nil {
+		return err
+	}
+	var past stepHistory
+	if err := json.Unmarshal(text, &past); err != nil {
+		return fmt.Errorf("state: the token steps that were loaded are damaged: %w: restore a backup", err)
+	}
+	past.Recent = nil
+	if text, err = json.Marshal(past); err != nil {
+		return err
+	}
+	return store.SetTokenSteps(text)
+}
+
 // stepHistory is which steps were ever loaded. A clock that ran ahead for a moment leaves a range up there, and the steps below
 // it are still to come.
 type stepHistory struct {

@@ -107,6 +107,7 @@ func command() *cobra.Command {
 	f.BoolVarP(&o.version, "version", "V", false, "print the version")
 	f.StringVar(&o.profile, "profile", "", "profile `NAME|FILE` (default: the one of `vpn use`, else the only one)")
 	f.DurationVar(&o.timeout, "timeout", 5*time.Second, "give up after so long, without HOST")
+	addManual(c)
 	return c
 }
 

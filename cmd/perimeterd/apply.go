@@ -67,7 +67,7 @@ With the daemon stopped it makes the nftables table, which is closed to all who 
 // applyStopped makes the table without a daemon. Nobody gets in by it: what a sequence opens has nothing behind it.
 func applyStopped(out io.Writer, cfg *configs.Config) error {
 	return withTable(cfg, func(table firewall.Config, meta *identity.Meta) error {
-		if _, err := firewall.New(slog.New(slog.DiscardHandler), 0).Apply(table); err != nil {
+		if err := makeTable(table, meta); err != nil {
 			return err
 		}
 		fmt.Fprintf(out, "table inet %s is as %s says; the daemon is not running.\n", firewall.TableName, cfg.File)
@@ -77,6 +77,11 @@ func applyStopped(out io.Writer, cfg *configs.Config) error {
 
 // withTable completes the table's configuration from the state file, which no daemon holds.
 func withTable(cfg *configs.Config, fn func(firewall.Config, *identity.Meta) error) error {
+	return withGoodTable(cfg, func(cfg *configs.Config, _ *identity.Meta) (*configs.Config, error) { return cfg, nil }, fn)
+}
+
+// withGoodTable is withTable for the configuration that choose makes of cfg.
+func withGoodTable(cfg *configs.Config, choose func(*configs.Config, *identity.Meta) (*configs.Config, error), fn func(firewall.Config, *identity.Meta) error) error {
 	db, err := identity.OpenState(cfg.StateFile())
 	if err != nil {
 		return err
@@ -87,6 +92,9 @@ func withTable(cfg *configs.Config, fn func(firewall.Config, *identity.Meta) err
 		return err
 	}
 	meta := identity.NewMeta(db)
+	if cfg, err = choose(cfg, meta); err != nil {
+		return err
+	}
 	table, err := tableConfig(cfg, &credentials{users: identity.NewUsers(db), meta: meta}, gid, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -98,14 +99,18 @@ Exit status, for monitors: 0 all is well, 1 something is not, 2 the configuratio
 	}
 }
 
-func checkKeys(_ context.Context, c *configs.Config) (string, error) {
+func checkKeys(ctx context.Context, c *configs.Config) (string, error) {
 	id := c.Identity
 	dir := filepath.Dir(id.Master)
 	st, err := os.Stat(dir)
 	if err != nil {
 		return "", missing(err)
 	}
-	if st.Mode().Perm()&0o066 != 0 { // the signer passes through
+	others := fs.FileMode(0o066) // who passes through sees nothing
+	if _, gid, err := numbers(signerUser); err == nil && int(st.Sys().(*syscall.Stat_t).Gid) == gid {
+		others = 0o026
+	}
+	if st.Mode().Perm()&others != 0 {
 		return "", fmt.Errorf("%s has mode %04o: others may look in: chmod go-rw %s", dir, st.Mode().Perm(), dir)
 	}
 	for _, path := range []string{id.Key, id.Master, id.WireGuardKey, id.CAKey} {
@@ -121,6 +126,9 @@ func checkKeys(_ context.Context, c *configs.Config) (string, error) {
 		}
 	}
 	if err := checkSigner(id.CAKey); err != nil && !id.External() {
+		return "", err
+	}
+	if err := checkDaemon(ctx, c); err != nil {
 		return "", err
 	}
 	for _, path := range []string{id.Master, id.WireGuardKey} {

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"io"
+	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -39,7 +40,9 @@ func askEC2(ctx context.Context) (i instance) {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
 	// A transport of its own: the environment's proxy must not be asked about a link-local address.
-	client := &http.Client{Transport: &http.Transport{}}
+	// The service is on the machine's own host: who has not answered by then is none, and init goes on.
+	dialer := &net.Dialer{Timeout: 200 * time.Millisecond}
+	client := &http.Client{Transport: &http.Transport{DialContext: dialer.DialContext}}
 	defer client.CloseIdleConnections()
 	ask := func(method, path, header, value string) string {
 		req, err := http.NewRequestWithContext(ctx, method, base+path, nil)

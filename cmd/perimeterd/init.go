@@ -290,6 +290,13 @@ func writeAll(c *configs.Config, config string, text []byte, now time.Time) (mad
 			return made, err
 		}
 	}
+	service, err := serviceOf(config)
+	if err != nil {
+		return made, err
+	}
+	if err := service.own(c.StateDir); err != nil {
+		return made, err
+	}
 	written = append(written, id.CA, id.CAKey)
 	if err := ca.Save(id.CA, id.CAKey); err != nil {
 		return made, err
@@ -318,8 +325,11 @@ func writeAll(c *configs.Config, config string, text []byte, now time.Time) (mad
 		if err := identity.WriteNew(f.path, f.data, f.perm); err != nil {
 			return made, err
 		}
+		if err := service.own(f.path); err != nil {
+			return made, err
+		}
 	}
-	return made, nil
+	return made, service.read(config)
 }
 
 // mkdirAll is os.MkdirAll, and adds to made what it made, parents first.
@@ -365,7 +375,7 @@ func (o *initOptions) report(ctx context.Context, out io.Writer, c *configs.Conf
 	fmt.Fprintf(out, "    %s\n\n", authorizeIngress(ec2, c.Endpoint, gate, c.Firewall.TunnelPort, ports))
 	switch {
 	case o.config == configs.DefaultPath && control.HasService():
-		if text, err := exec.CommandContext(ctx, "systemctl", "enable", "--now", control.Unit).CombinedOutput(); err != nil {
+		if text, err := exec.CommandContext(ctx, "systemctl", "enable", "--quiet", "--now", control.Unit).CombinedOutput(); err != nil {
 			return fmt.Errorf("everything is written, but the service did not start: systemctl: %s: see journalctl -u %s",
 				strings.TrimSpace(string(text)), control.Unit)
 		}

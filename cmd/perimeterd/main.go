@@ -15,6 +15,7 @@ import (
 
 	"perimeterd/configs"
 	"perimeterd/internal/cmdline"
+	"perimeterd/vpn/client"
 )
 
 const (
@@ -81,8 +82,9 @@ Exit status: 0 done, 1 failed, 2 the command line or the configuration is wrong.
 	root.AddCommand(newBackupCommand(), newRestoreCommand())
 	root.AddCommand(newInitCommand(), newCheckCommand(), newRunCommand(), newUserCommand(),
 		newStatusCommand(), newSessionsCommand(), newKickCommand(), newWatchCommand(),
-		newDiffCommand(), newApplyCommand(), newConfirmCommand(), newRollbackCommand())
+		newDiffCommand(), newApplyCommand(), newConfirmCommand(), newRollbackCommand(), newCloseCommand())
 	root.AddCommand(newSignerCommand(), newCACommand(), newAuditCommand(), newEventsCommand(), newWhyCommand(), newDecideCommand(), newAWSCommand())
+	addManual(root)
 	return root
 }
 
@@ -133,11 +135,14 @@ func commandName(cmd *cobra.Command) string {
 }
 
 func version() string {
+	if client.Release != "" {
+		return client.Release
+	}
 	info, _ := debug.ReadBuildInfo()
 	return versionOf(info)
 }
 
-// versionOf is the main module's version, else the revision it was built from, as the build recorded it.
+// versionOf is the main module's, else the revision it was built from, as the build recorded it.
 func versionOf(info *debug.BuildInfo) string {
 	if info == nil {
 		return "devel"

@@ -369,6 +369,9 @@ func (r *restoration) write() (err error) {
 	if err := r.finishRecord(at); err != nil {
 		return err
 	}
+	if err := r.finishOwners(at, ready["state"]); err != nil {
+		return err
+	}
 	places := make([]backup.Place, len(targets))
 	for i, t := range targets {
 		places[i] = backup.Place{Ready: at(t.entry.Name), Path: t.path}
@@ -489,6 +492,22 @@ func (r *restoration) finishRecord(at func(name string) string) error {
 	return giveToSigner(at(key))
 }
 
+// finishOwners gives the service's user what a host that ran the daemon as another made.
+func (r *restoration) finishOwners(at func(name string) string, state string) error {
+	service, err := serviceOf(r.config)
+	if err != nil || service == nil {
+		return err
+	}
+	for _, path := range []string{r.c.Identity.Key, r.c.Identity.Master, r.c.Identity.WireGuardKey} {
+		if name, beside := nameOf(r.c.Dir, path); beside && r.manifest.Has(name) {
+			if err := service.own(at(name)); err != nil {
+				return err
+			}
+		}
+	}
+	return errors.Join(service.read(at(backup.ConfigFile)), service.ownTree(state), service.own(r.c.StateDir))
+}
+
 // moveUnconfirmed has a configuration that nobody confirmed stay so in another directory.
 func (r *restoration) moveUnconfirmed(meta *identity.Meta) error {
 	u, err := meta.Unconfirmed()
@@ -542,7 +561,7 @@ func (r *restoration) report(out io.Writer) {
 		clock(knock.Start(knock.StepAt(r.now, r.c.Knock.Step)+3, r.c.Knock.Step)), r.c.Endpoint)
 	start := "perimeterd run" + flag
 	if r.config == configs.DefaultPath && control.HasService() {
-		start = "systemctl start " + control.Unit
+		start = "systemctl enable --now " + control.Unit
 	}
 	fmt.Fprintf(out, "Next:\n    perimeterd check%s\n    %s\n", flag, start)
 }

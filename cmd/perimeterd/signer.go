@@ -180,22 +180,17 @@ func newSigner(c *configs.Config, args ...string) *signer.Client {
 }
 
 // giveToSigner makes the signer's user the owner of what is the signer's alone, where the package made that user. He must
-// reach it, so the directory may be passed through; what else lies there has modes of its own.
+// open the directory, and the daemon pass through it; what else lies there has modes of its own.
 func giveToSigner(key string) error {
-	u, err := user.Lookup(signerUser)
-	if err != nil || os.Geteuid() != 0 {
+	uid, gid, err := numbers(signerUser)
+	if errors.Is(err, errNoUser) || err == nil && os.Geteuid() != 0 {
 		return nil
 	}
-	uid, err := strconv.Atoi(u.Uid)
-	if err != nil {
-		return err
-	}
-	gid, err := strconv.Atoi(u.Gid)
 	if err != nil {
 		return err
 	}
 	dir := filepath.Dir(key)
-	return errors.Join(os.Chown(key, uid, gid), os.Chown(filepath.Join(dir, signer.Renewable), uid, gid), os.Chmod(dir, 0o711))
+	return errors.Join(os.Chown(key, uid, gid), os.Chown(filepath.Join(dir, signer.Renewable), uid, gid), os.Chown(dir, -1, gid), os.Chmod(dir, 0o751))
 }
 
 // forget tells the signer of a revocation. The daemon does too: this is so that a gate which was taken over cannot keep it
@@ -219,21 +214,5 @@ func forget(cmd *cobra.Command, us users, name, device string) {
 
 // checkSigner finds a CA key that is not the signer's, although the package made a user for him.
 func checkSigner(key string) error {
-	u, err := user.Lookup(signerUser)
-	if err != nil {
-		return nil
-	}
-	for _, path := range []string{key, filepath.Join(filepath.Dir(key), signer.Renewable)} {
-		st, err := os.Stat(path)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // kept elsewhere
-		}
-		if err != nil {
-			return missing(err)
-		}
-		if uid := st.Sys().(*syscall.Stat_t).Uid; strconv.Itoa(int(uid)) != u.Uid {
-			return fmt.Errorf("%s belongs to the user %d, and only the signer should hold it: chown %s %s", path, uid, signerUser, path)
-		}
-	}
-	return nil
+	return checkOwner(signerUser, "only the signer should hold it", key, filepath.Join(filepath.Dir(key), signer.Renewable))
 }

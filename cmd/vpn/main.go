@@ -102,6 +102,7 @@ func command() *cobra.Command {
 	load := func() (*client.Profile, error) { return client.LoadProfile(profile) }
 	root.AddCommand(upCommand(&profile), keepCommand(&profile), downCommand(load), statusCommand(load), execCommand(&profile),
 		envCommand(load), browserCommand(&profile), doctorCommand(load), pacCommand(load), useCommand(), importCommand(), enrollCommand(), renewCommand(&profile), awsCommand(&profile))
+	addManual(root)
 	return root
 }
 

@@ -11,6 +11,8 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
+	"strings"
 	"syscall"
 	"time"
 
@@ -123,6 +125,9 @@ func (c *Client) send(ctx context.Context, client *http.Client, method, path str
 	req, err := http.NewRequestWithContext(ctx, method, "http://perimeterd"+path, bytes.NewReader(request))
 	if err != nil {
 		return nil, err
+	}
+	if login, err := os.ReadFile("/proc/self/loginuid"); err == nil {
+		req.Header.Set(loginHeader, strings.TrimSpace(string(login)))
 	}
 	res, err := client.Do(req)
 	switch {

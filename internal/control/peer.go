@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"os/user"
 	"strconv"
@@ -20,6 +21,21 @@ func withPeer(ctx context.Context, c net.Conn) context.Context {
 		return context.WithValue(ctx, peerKey{}, p.peer)
 	}
 	return ctx
+}
+
+// loginHeader is what a command reads of its own login uid. The service sees no other user's processes.
+const loginHeader = "Perimeterd-Login"
+
+type loginKey struct{}
+
+// withLogin takes root's word for the account that logged in, which root could set anyway, and nobody else's.
+func withLogin(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if said := r.Header.Get(loginHeader); said != "" && peer(r.Context()).Uid == 0 {
+			r = r.WithContext(context.WithValue(r.Context(), loginKey{}, said))
+		}
+		h.ServeHTTP(w, r)
+	})
 }
 
 func peerOf(c *net.UnixConn) (peer *unix.Ucred, err error) {
@@ -48,6 +64,9 @@ func by(ctx context.Context) string {
 	// Who became root by sudo keeps this (credentials(7)); without auditing it is -1. The process may be another by now, which
 	// only its owner can bring about.
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/loginuid", peer.Pid))
+	if said, ok := ctx.Value(loginKey{}).(string); err != nil && ok {
+		text, err = []byte(said), nil
+	}
 	if login, e := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 32); err == nil && e == nil && login != 1<<32-1 && uint32(login) != peer.Uid {
 		name += ", logged in as " + account(uint32(login))
 	}

@@ -53,7 +53,7 @@ func serve(ctx context.Context, path, group string, h http.Handler, ready func()
 		return fmt.Errorf("control socket %s: %w", path, err)
 	}
 	srv := &http.Server{
-		Handler: h, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
+		Handler: withLogin(h), ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
 		ConnContext: withPeer,
 	}
 	done := make(chan error, 1)
@@ -98,7 +98,14 @@ func listen(network, path, group string) (net.Listener, error) {
 	if err := rootsOwn(dir); err != nil {
 		return nil, err
 	}
-	private, err := os.MkdirTemp(dir, ".control.")
+	// A directory of the group's, where the package made one, gives the socket its group: the service may give nothing away.
+	home := dir
+	if groups := filepath.Join(dir, "."+group); os.Geteuid() != 0 {
+		if st, err := os.Lstat(groups); err == nil && st.IsDir() {
+			home = groups
+		}
+	}
+	private, err := os.MkdirTemp(home, ".control.")
 	if err != nil {
 		return nil, err
 	}
@@ -112,7 +119,8 @@ func listen(network, path, group string) (net.Listener, error) {
 	mode := fs.FileMode(0o600)
 	if g, err := user.LookupGroup(group); err == nil {
 		gid, err := strconv.Atoi(g.Gid)
-		if err == nil {
+		st, err2 := os.Lstat(tmp)
+		if err = errors.Join(err, err2); err == nil && int(st.Sys().(*syscall.Stat_t).Gid) != gid {
 			err = os.Chown(tmp, -1, gid)
 		}
 		if err == nil {

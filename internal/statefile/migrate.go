@@ -50,7 +50,7 @@ func (db *DB) copyTo(path string) error {
 	}
 	defer os.Remove(tmp.Name())
 	_, err = io.Copy(tmp, io.NewSectionReader(db.file, 0, 1<<62))
-	if err := errors.Join(err, tmp.Sync(), tmp.Close()); err != nil {
+	if err := errors.Join(err, own(tmp, filepath.Dir(path)), tmp.Sync(), tmp.Close()); err != nil {
 		return err
 	}
 	if err := os.Rename(tmp.Name(), path); err != nil {

@@ -26,6 +26,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -168,9 +169,13 @@ func create(path string) error {
 	if err != nil {
 		return err
 	}
-	tmp.Close()
 	defer os.Remove(tmp.Name())
-	raw, err := bolt.Open(tmp.Name(), 0o600, &bolt.Options{NoFreelistSync: true})
+	defer tmp.Close()
+	if err := own(tmp, dir); err != nil {
+		return err
+	}
+	raw, err := bolt.Open(tmp.Name(), 0o600, &bolt.Options{NoFreelistSync: true,
+		OpenFile: func(string, int, fs.FileMode) (*os.File, error) { return tmp, nil }})
 	if err != nil {
 		return err
 	}
@@ -188,6 +193,20 @@ func create(path string) error {
 		return err
 	}
 	return syncDir(dir)
+}
+
+// own gives a new file to the owner of its directory, who is the daemon's user, where this is root's process. By a path it could
+// be another file by now.
+func own(f *os.File, dir string) error {
+	if os.Geteuid() != 0 {
+		return nil
+	}
+	st, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	owner := st.Sys().(*syscall.Stat_t)
+	return f.Chown(int(owner.Uid), int(owner.Gid))
 }
 
 func syncDir(dir string) error {
