@@ -46,6 +46,7 @@ type Server struct {
 	buffers  *sync.Pool
 	parking  *parking
 	plain    *plain
+	passage  *Passage // nil: tunnels end with the process
 }
 
 type state struct {
@@ -90,7 +91,7 @@ func compile(cfg Config) (*state, error) {
 	return &state{Config: cfg, policy: policy}, nil
 }
 
-// Run serves l until ctx ends, then resets every connection and returns nil. L is closed. A Server runs once.
+// Run serves l until ctx ends, then resets every connection that does not go on in another process and returns nil. L is closed. A Server runs once.
 func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -100,14 +101,17 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 		l.Close()
 	})
 	s.checkFiles()
-	var tasks sync.WaitGroup
-	tasks.Go(func() { s.sweep(ctx) })
-	tasks.Go(func() { s.pace(ctx) })
+	var tasks, looking sync.WaitGroup
 	tasks.Go(s.parking.run)
+	s.takeOver()
+	looking.Go(func() { s.sweep(ctx) })
+	looking.Go(func() { s.pace(ctx) })
 	tasks.Go(s.plain.run)
 	err := s.accept(ctx, l)
 	cancel()
 	<-closed
+	looking.Wait()
+	s.handOver()
 	<-s.links.close(Shutdown)
 	s.parking.close()
 	s.plain.close()
