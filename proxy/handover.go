@@ -135,7 +135,7 @@ func (s *Server) handOver() {
 // awaitRequests gives requests under way a moment to become tunnels, or to be answered.
 func (s *Server) awaitRequests() {
 	for until := time.Now().Add(lastRequests); time.Now().Before(until); time.Sleep(5 * time.Millisecond) {
-		busy := false
+		busy := s.arriving.Load() > 0
 		for _, l := range s.links.all() {
 			busy = busy || l.underWay(time.Now())
 		}

@@ -43,6 +43,7 @@ type Server struct {
 	reload   sync.Mutex
 	dialer   *dialer
 	links    *registry
+	arriving atomic.Int64 // connections that are no link yet
 	buffers  *sync.Pool
 	parking  *parking
 	plain    *plain
@@ -152,6 +153,7 @@ func (s *Server) accept(ctx context.Context, l net.Listener) error {
 			c.Close()
 			return fmt.Errorf("proxy: the listener gives %T: only plain TCP connections can be spliced", c)
 		}
+		s.arriving.Add(1)
 		go s.serve(tc)
 	}
 }
@@ -159,6 +161,7 @@ func (s *Server) accept(ctx context.Context, l net.Listener) error {
 // serve takes a connection up to the point where a tunnel or net/http has it.
 func (s *Server) serve(c *net.TCPConn) {
 	l := s.admit(c)
+	s.arriving.Add(-1)
 	if l == nil {
 		return
 	}

@@ -36,6 +36,7 @@ const (
 	requestTimeout   = 10 * time.Second
 	idleTimeout      = 30 * time.Second
 	maxHeader        = 8 << 10
+	lastRequests     = time.Second // at the end
 )
 
 // Verifier says who a connection's certificate stands for, or an *identity.Refusal. TLSConfig refuses the same at the
