@@ -149,6 +149,9 @@ func (d *Daemon) Signal(s os.Signal) error { return d.cmd.Process.Signal(s) }
 // Wait is for the daemon's end.
 func (d *Daemon) Wait() error { return d.cmd.Wait() }
 
+// Pid is the running daemon's.
+func (d *Daemon) Pid() int { return d.cmd.Process.Pid }
+
 // Log is what the daemon wrote so far.
 func (d *Daemon) Log() string { text, _ := d.log.read(); return text }
 

@@ -80,6 +80,9 @@ func Ask(ctx context.Context, patience time.Duration, parts ...Part) error {
 			default:
 			}
 		}
+		if errors.Is(err, context.DeadlineExceeded) {
+			err = errors.New("does not answer")
+		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", p.Name, err))
 		}
