@@ -23,7 +23,6 @@ const (
 	pageConnections = 256 // of all sessions; more wait in the listener's queue
 	pageTimeout     = 10 * time.Second
 	pageHead        = 16 << 10
-	pageGrace       = time.Second // at the end, for what is under way
 )
 
 // Page is what a session sees on the tunnel address: its proxy configuration, /proxy.pac. Who asks is known by the
@@ -55,19 +54,8 @@ func (p *Page) Run(ctx context.Context, l net.Listener) error {
 	}
 	// One request a connection: none outlives the session that it came from by more than a moment.
 	srv.SetKeepAlivesEnabled(false)
-	closed := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		defer close(closed)
-		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), pageGrace)
-		defer cancel()
-		srv.Shutdown(grace)
-		srv.Close()
-	})
-	defer func() {
-		if !stop() {
-			<-closed
-		}
-	}()
+	stop := context.AfterFunc(ctx, func() { srv.Close() })
+	defer stop()
 	if err := srv.Serve(netutil.LimitListener(l, pageConnections)); ctx.Err() == nil && !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("console.port %d: %w", p.At.Port(), err)
 	}

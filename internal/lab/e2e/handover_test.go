@@ -278,7 +278,8 @@ func TestTwentyRestartsUnderAClientWhoNeverRests(t *testing.T) {
 	baseline := c.descriptors()
 	ctx, cancel := context.WithCancel(c.ctx)
 	var wg sync.WaitGroup
-	client := func(what string, ask func() error) func() {
+	client := func(what string, ask func() error) (passed *atomic.Int64, report func()) {
+		passed = new(atomic.Int64)
 		var longest time.Duration
 		n, failed, refused := 0, 0, 0
 		wg.Go(func() {
@@ -287,6 +288,7 @@ func TestTwentyRestartsUnderAClientWhoNeverRests(t *testing.T) {
 				err := ask()
 				longest = max(longest, time.Since(began))
 				if n++; err == nil || ctx.Err() != nil {
+					passed.Add(1)
 					continue
 				}
 				if failed++; errors.Is(err, syscall.ECONNREFUSED) {
@@ -295,14 +297,14 @@ func TestTwentyRestartsUnderAClientWhoNeverRests(t *testing.T) {
 				t.Logf("%s: %v", what, err)
 			}
 		})
-		return func() {
+		return passed, func() {
 			t.Logf("%s: %d requests over %d restarts, %d refused, %d failed, the longest took %v", what, n, restarts, refused, failed, longest.Round(time.Millisecond))
 			if refused > 0 || failed > 0 || n < restarts {
 				t.Errorf("%s: %d of %d failed, %d refused", what, failed, n, refused)
 			}
 		}
 	}
-	through := client("new connections through the proxy", func() error {
+	proxied, through := client("new connections through the proxy", func() error {
 		conn, err := c.Members[0].Tunnel(c.ctx, c.source)
 		if err != nil {
 			return err
@@ -317,7 +319,7 @@ func TestTwentyRestartsUnderAClientWhoNeverRests(t *testing.T) {
 		}
 		return err
 	})
-	atGate := client("requests at the gate", func() error {
+	asked, atGate := client("requests at the gate", func() error {
 		var reply any
 		return c.Members[1].Ask(c.ctx, "GET", "/v1/session", nil, &reply)
 	})
@@ -325,6 +327,10 @@ func TestTwentyRestartsUnderAClientWhoNeverRests(t *testing.T) {
 	for range restarts {
 		stop, start := c.restart()
 		longest = max(longest, stop+start)
+		for _, passed := range []*atomic.Int64{proxied, asked} {
+			before := passed.Load()
+			c.await("requests pass again", func() bool { return passed.Load() > before+1 })
+		}
 	}
 	cancel()
 	wg.Wait()
