@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/nftables"
@@ -22,6 +23,7 @@ type Firewall struct {
 	log     *slog.Logger
 	netns   int // file descriptor of a network namespace; 0: the thread's own
 	counter Counter
+	turns   atomic.Int64 // of Watch
 
 	mu      sync.Mutex
 	nft     *nftables.Conn // on the socket nl; nil when closed

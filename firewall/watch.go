@@ -30,6 +30,7 @@ func (f *Firewall) Watch(ctx context.Context, refill func(lost bool) error) erro
 	defer tick.Stop()
 	failed, empty, lost := "", false, false
 	for n := 0; ; n++ {
+		f.turns.Add(1)
 		select {
 		case <-ctx.Done():
 			return nil

@@ -55,13 +55,16 @@ func (s *Server) connect(l *link, h head, src *source) {
 		fail(ServerReset)
 		return
 	}
-	t.finish = func(t *tunnel) {
-		a.Up, a.Down, a.End = t.up.moved.Load(), t.down.moved.Load(), l.why()
-		s.account(t)
-		s.done(a)
-		s.links.remove(l)
-	}
+	t.access, t.finish = a, s.finished
 	t.start(src, fromServer)
+}
+
+// finished is for a tunnel whose sockets are closed.
+func (s *Server) finished(t *tunnel) {
+	t.access.Up, t.access.Down, t.access.End = t.up.moved.Load(), t.down.moved.Load(), t.link.why()
+	s.account(t)
+	s.done(t.access)
+	s.links.remove(t.link)
 }
 
 // open decides and dials. The error is a *refusal.

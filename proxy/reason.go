@@ -64,6 +64,7 @@ const (
 	Lifetime      Reason = "lifetime"
 	PolicyChanged Reason = "policy-changed"
 	Shutdown      Reason = "shutdown"
+	HandedOver    Reason = "handed-over" // to the next process, which writes the line of its end
 )
 
 // Status is the HTTP status that belongs to a refusal. Never 407: there is no password to give.

@@ -115,9 +115,12 @@ func (s *source) release() {
 	}
 }
 
-// ends waits, after the end of the stream, for what may still come: an error, or the connection being closed here.
-func (s *source) ends() error {
+// ends waits, after the end of the stream, for what may still come: an error, the connection being closed here, or errHalted.
+func (s *source) ends(halted *atomic.Bool) error {
 	for {
+		if halted.Load() {
+			return errHalted
+		}
 		err := s.raw.Read(func(fd uintptr) bool {
 			errno, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
 			if s.err = err; err == nil && errno != 0 {
@@ -137,8 +140,12 @@ func (s *source) ends() error {
 	}
 }
 
-// errDisturbed is returned by pump.
-var errDisturbed = errors.New("disturbed")
+// errDisturbed is returned by pump. errHalted is where the tunnel is to go on in another process: nothing of the stream is
+// in this one any more.
+var (
+	errDisturbed = errors.New("disturbed")
+	errHalted    = errors.New("halted")
+)
 
 // errWrite marks an error of the receiving side.
 type errWrite struct{ error }
@@ -149,11 +156,13 @@ type flow struct {
 	src      *source
 	to       *net.TCPConn
 	ticket   uint64       // of the parking; 0: it has not been there
+	past     bool         // the stream has ended, and the other side was told
 	quiet    atomic.Bool  // parked, or past its end: not to be disturbed
 	seen     atomic.Int64 // of moved, the last time that it was looked whether anything moves
 	moved    atomic.Int64 // bytes that its socket has taken; in a splice they are counted piece by piece
 	splicing atomic.Bool
 	told     int64 // of moved, to who counts it; the link's lock's
+	room     int   // bytes that its receiver had for sending before more was made, 0: as it is
 	pace     pace
 }
 
@@ -170,6 +179,9 @@ func (f *flow) pump() error {
 	defer src.release()
 	full := 0
 	for {
+		if src.n == 0 && f.tunnel.halted.Load() {
+			return errHalted
+		}
 		if err := src.wait(); err == io.EOF {
 			if err := dst.CloseWrite(); err != nil {
 				return errWrite{err}
@@ -199,6 +211,9 @@ func (f *flow) pump() error {
 		if err := src.conn.SetReadDeadline(time.Now().Add(splicePatience)); err != nil {
 			return err
 		}
+		if f.tunnel.halted.Load() { // before, or it is the deadline set by who halts that rules
+			return errHalted
+		}
 		f.splicing.Store(true)
 		w, err := dst.ReadFrom(&io.LimitedReader{R: src.conn, N: splicePiece})
 		f.moved.Add(w)
@@ -225,8 +240,12 @@ type tunnel struct {
 	link     *link
 	server   *net.TCPConn
 	up, down flow
-	ended    atomic.Int32 // streams that have come to their end
-	left     atomic.Int32 // directions that still run
+	access   *Access
+	ended    atomic.Int32  // streams that have come to their end
+	left     atomic.Int32  // directions that still run
+	halted   atomic.Bool   // set under the link's lock: finish is for who set it
+	still    chan struct{} // closed when a halted tunnel's directions run no more
+	over     bool          // the link's lock's: finish is called, or has been
 	finish   func(*tunnel)
 	parking  *parking
 }
@@ -272,22 +291,31 @@ func (t *tunnel) wake() {
 
 func (f *flow) run() {
 	t := f.tunnel
-	err := f.pump()
-	for ; err == errDisturbed; err = f.pump() {
-		if t.parking.enter(f) {
-			return
+	var err error
+	if !f.past {
+		for err = f.pump(); err == errDisturbed; err = f.pump() {
+			if t.parking.enter(f) {
+				if t.halted.Load() { // by who may have looked before it was there
+					t.parking.wakeFlow(f)
+				}
+				return
+			}
+		}
+		if err == nil {
+			f.past = true
+			t.ended.Add(1)
 		}
 	}
 	if err == nil {
-		if t.ended.Add(1) == 2 {
+		if t.ended.Load() == 2 {
 			t.link.close()
 		} else {
 			// A reset may follow an end: the other side must not take what it got for whole.
 			f.quiet.Store(true)
-			err = f.src.ends()
+			err = f.src.ends(&t.halted)
 		}
 	}
-	if err != nil { // a link that has ended already keeps its reason
+	if err != nil && err != errHalted { // a link that has ended already keeps its reason
 		read, write := ClientReset, ServerReset
 		if f == &t.down {
 			read, write = write, read
@@ -298,6 +326,19 @@ func (f *flow) run() {
 		t.link.end(read)
 	}
 	if t.left.Add(-1) == 0 {
+		t.last()
+	}
+}
+
+// last runs when no direction does.
+func (t *tunnel) last() {
+	t.link.mu.Lock()
+	halted := t.halted.Load()
+	t.over = !halted
+	t.link.mu.Unlock()
+	if halted {
+		close(t.still)
+	} else {
 		t.finish(t)
 	}
 }

@@ -43,9 +43,11 @@ type Server struct {
 	reload   sync.Mutex
 	dialer   *dialer
 	links    *registry
+	arriving atomic.Int64 // connections that are no link yet
 	buffers  *sync.Pool
 	parking  *parking
 	plain    *plain
+	passage  *Passage // nil: tunnels end with the process
 }
 
 type state struct {
@@ -90,7 +92,7 @@ func compile(cfg Config) (*state, error) {
 	return &state{Config: cfg, policy: policy}, nil
 }
 
-// Run serves l until ctx ends, then resets every connection and returns nil. L is closed. A Server runs once.
+// Run serves l until ctx ends, then resets every connection that does not go on in another process and returns nil. L is closed. A Server runs once.
 func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -100,14 +102,17 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 		l.Close()
 	})
 	s.checkFiles()
-	var tasks sync.WaitGroup
-	tasks.Go(func() { s.sweep(ctx) })
-	tasks.Go(func() { s.pace(ctx) })
+	var tasks, looking sync.WaitGroup
 	tasks.Go(s.parking.run)
+	s.takeOver()
+	looking.Go(func() { s.sweep(ctx) })
+	looking.Go(func() { s.pace(ctx) })
 	tasks.Go(s.plain.run)
 	err := s.accept(ctx, l)
 	cancel()
 	<-closed
+	looking.Wait()
+	s.handOver()
 	<-s.links.close(Shutdown)
 	s.parking.close()
 	s.plain.close()
@@ -148,6 +153,7 @@ func (s *Server) accept(ctx context.Context, l net.Listener) error {
 			c.Close()
 			return fmt.Errorf("proxy: the listener gives %T: only plain TCP connections can be spliced", c)
 		}
+		s.arriving.Add(1)
 		go s.serve(tc)
 	}
 }
@@ -155,6 +161,7 @@ func (s *Server) accept(ctx context.Context, l net.Listener) error {
 // serve takes a connection up to the point where a tunnel or net/http has it.
 func (s *Server) serve(c *net.TCPConn) {
 	l := s.admit(c)
+	s.arriving.Add(-1)
 	if l == nil {
 		return
 	}

@@ -21,6 +21,7 @@ import (
 	"perimeterd/firewall"
 	"perimeterd/internal/control"
 	"perimeterd/internal/identity"
+	"perimeterd/internal/systemd"
 )
 
 // changes takes up other configurations while the daemon runs: all or nothing. A file with an error, or with a change that
@@ -34,6 +35,8 @@ type changes struct {
 	door *access
 	rest func(*configs.Config) error    // takes up what is not the door's; refuses whole, or not at all
 	tell func(action string, err error) // hears of changes that no command made
+
+	service *systemd.Manager // hears of reloads; may be nil
 
 	mu    sync.Mutex
 	good  *configs.Config
@@ -60,8 +63,12 @@ func (c *changes) Run(ctx context.Context, hup <-chan os.Signal) error {
 			}
 			return nil
 		case <-hup:
+			told := c.service.Reloading()
 			_, err := c.apply(0, false) // it says itself what went wrong
 			c.tell("reload", err)
+			if err := errors.Join(told, c.service.Ready()); err != nil {
+				c.log.Warn("reload", "err", err)
+			}
 		}
 	}
 }

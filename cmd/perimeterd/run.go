@@ -12,7 +12,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
@@ -24,6 +23,7 @@ import (
 	"perimeterd/internal/event"
 	"perimeterd/internal/identity"
 	"perimeterd/internal/session"
+	"perimeterd/internal/systemd"
 	"perimeterd/proxy"
 	"perimeterd/vpn/gate"
 )
@@ -57,6 +57,10 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	signal.Notify(hup, syscall.SIGHUP)
 	defer signal.Stop(hup)
 	log := newLog(cfg.Log)
+	service, err := systemd.Connect() // before any child, which must not inherit what is stored
+	if err != nil {
+		return err
+	}
 	limitMemory(log)
 	// While this process is still root's: a signer of its own becomes another user.
 	sign := newSigner(cfg, "--renewals")
@@ -111,7 +115,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	// gate's sockets are deaf.
 	var gates []net.Listener
 	for _, address := range cfg.Gate.Listen {
-		l, err := firewall.Listen(ctx, address)
+		l, err := listenGate(ctx, service, address)
 		if errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.EACCES) {
 			return fmt.Errorf("gate.listen %q: %w: nothing was changed on this host; run it as root", address, err)
 		}
@@ -213,8 +217,11 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 		}
 	})
 
-	inner, err := proxy.Listen(ctx, cfg.Proxy.Listen)
+	inner, err := listenProxy(ctx, service, cfg.Proxy.Listen)
 	if err != nil {
+		return err
+	}
+	if err := handTunnels(service, forward); err != nil {
 		return err
 	}
 	orphans, err := door.Connections(cfg.Proxy.Listen)
@@ -223,12 +230,15 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	}
 
 	page := &console.Page{At: cfg.Gate.Console, Proxy: cfg.Proxy.Listen, Sessions: store, Policy: forward.Policy, Log: log}
-	pageListener, err := page.Listen(ctx)
+	pageListener, err := service.Listen("page", page.At.String(), nil, func() (net.Listener, error) { return page.Listen(ctx) })
 	if err != nil {
 		return err
 	}
+	if left, err := service.Sweep(); err != nil || len(left) > 0 {
+		log.Info("stored by an earlier run, of no use now", "descriptors", left, "err", err)
+	}
 
-	changes := &changes{log: log, meta: meta, door: access, good: cfg, tell: trail.configuration, rest: func(c *configs.Config) error { return forward.Reload(c.Proxy) }}
+	changes := &changes{log: log, meta: meta, door: access, good: cfg, tell: trail.configuration, rest: func(c *configs.Config) error { return forward.Reload(c.Proxy) }, service: service}
 	operations := &control.Operations{Users: users, Sessions: store, Now: time.Now, Log: log,
 		UserChanged: func(name string) error {
 			defer api.CutRefused()
@@ -252,6 +262,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 
 	events := event.NewLog(log, event.StrangerLimits())
 	g, ctx := errgroup.WithContext(ctx)
+	context.AfterFunc(ctx, func() { _ = service.Stopping() })
 	context.AfterFunc(ctx, trail.Feed.End) // who follows it would keep the control socket from closing
 	observing, operating := make(chan struct{}), make(chan struct{})
 	g.Go(func() error {
@@ -305,9 +316,20 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 				return nil
 			}
 		}
+		parts := vitalParts(cfg, gates, inner, door, tunnel, store)
+		if err := systemd.Ask(ctx, startPatience, parts...); err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return fmt.Errorf("not every part serves: %w", err)
+		}
 		log.Info("ready", "endpoint", cfg.Gate.Endpoint, "gate", cfg.Gate.Listen, "network", cfg.Gate.Network, "sessions", len(store.List()))
-		_, err := daemon.SdNotify(false, daemon.SdNotifyReady)
-		return err
+		if err := service.Ready(); err != nil {
+			return err
+		}
+		return service.Watch(ctx, log, func() string {
+			return statusLine(store.Len(), forward.Live(), changes.problems, verifier.Problems, trail.problems)
+		}, parts...)
 	})
 	if err := g.Wait(); err != nil {
 		return err

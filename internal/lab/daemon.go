@@ -18,6 +18,8 @@ import (
 // Daemon is perimeterd on the bastion, made by its own init and user add.
 type Daemon struct {
 	Dir, Config string
+	Manager     *Manager // of the next start; nil: nobody, as from a shell
+	Environment []string // more of it, for the next start with a Manager
 
 	lab *Lab
 	bin string
@@ -116,6 +118,9 @@ func (d *Daemon) Start(ctx context.Context) error {
 	before, _ := d.log.read()
 	d.cmd = d.lab.Bastion.Command(context.WithoutCancel(ctx), d.bin, "--config", d.Config, "run")
 	d.cmd.Stdout, d.cmd.Stderr = d.log, d.log
+	if d.Manager != nil {
+		d.Manager.equip(d.cmd, d.Environment...)
+	}
 	if err := d.cmd.Start(); err != nil {
 		return err
 	}
@@ -143,6 +148,9 @@ func (d *Daemon) Signal(s os.Signal) error { return d.cmd.Process.Signal(s) }
 
 // Wait is for the daemon's end.
 func (d *Daemon) Wait() error { return d.cmd.Wait() }
+
+// Pid is the running daemon's.
+func (d *Daemon) Pid() int { return d.cmd.Process.Pid }
 
 // Log is what the daemon wrote so far.
 func (d *Daemon) Log() string { text, _ := d.log.read(); return text }

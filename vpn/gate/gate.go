@@ -36,6 +36,7 @@ const (
 	requestTimeout   = 10 * time.Second
 	idleTimeout      = 30 * time.Second
 	maxHeader        = 8 << 10
+	lastRequests     = time.Second // at the end
 )
 
 // Verifier says who a connection's certificate stands for, or an *identity.Refusal. TLSConfig refuses the same at the
@@ -175,6 +176,7 @@ func (g *Gate) Run(ctx context.Context, listeners ...net.Listener) error {
 		}
 		return c, nil
 	}
+	var open atomic.Int64 // connections
 	srv := &http.Server{
 		Handler:           g.routes(),
 		ReadHeaderTimeout: handshakeTimeout,
@@ -183,7 +185,14 @@ func (g *Gate) Run(ctx context.Context, listeners ...net.Listener) error {
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          log.New(few, "", 0),
-		ConnState:         finished,
+		ConnState: func(c net.Conn, s http.ConnState) {
+			switch finished(c, s); s {
+			case http.StateNew:
+				open.Add(1)
+			case http.StateHijacked, http.StateClosed:
+				open.Add(-1)
+			}
+		},
 	}
 	srv.Protocols = new(http.Protocols)
 	srv.Protocols.SetHTTP1(true)
@@ -198,6 +207,16 @@ func (g *Gate) Run(ctx context.Context, listeners ...net.Listener) error {
 	for {
 		select {
 		case <-ctx.Done():
+			// Not by Shutdown, which drops a request that comes on a connection accepted before.
+			for _, l := range listeners {
+				l.Close()
+			}
+			for range listeners {
+				<-failed // and what it accepted last is counted
+			}
+			srv.SetKeepAlivesEnabled(false)
+			for until := time.Now().Add(lastRequests); open.Load() > 0 && time.Now().Before(until); time.Sleep(5 * time.Millisecond) {
+			}
 			return nil
 		case now := <-tick.C:
 			g.release(now)

@@ -376,6 +376,7 @@ func (t *Tunnel) Run(ctx context.Context, note func(map[session.ID]session.Seen)
 	for n := 1; ; {
 		select {
 		case <-ctx.Done():
+			t.lastLook(note)
 			return nil
 		case <-pace.C:
 			if len(back) == 0 {
@@ -422,6 +423,19 @@ func (t *Tunnel) Run(ctx context.Context, note func(map[session.ID]session.Seen)
 		}
 		failed = ""
 		t.noted(changed)
+	}
+}
+
+// lastLook notes what happened since the last look, so that the next process begins where this one ended.
+func (t *Tunnel) lastLook(note func(map[session.ID]session.Seen) error) {
+	endpoints, err := t.engine.statuses()
+	if err == nil {
+		if changed := t.follow(endpoints, time.Now()); len(changed) > 0 {
+			err = note(changed)
+		}
+	}
+	if err != nil {
+		t.log.Error("endpoints of sessions not written: after a restart their clients must begin", "err", err)
 	}
 }
 
