@@ -111,6 +111,7 @@ func (g *Gate) stream(w http.ResponseWriter, r *http.Request, id identity.Identi
 		defer g.streams.drop(s.ID, c)
 		began := time.Now()
 		err := c.Run(nil, c.Stream, g.tunnel.only(s.PublicKey))
+		g.tunnel.look() // with the first answer by UDP its client left it, and no handshake tells where he is
 		g.log.Debug("stream ended", "session", s.ID, "user", s.User, "source", outer(r), "after", time.Since(began), "err", err)
 	}()
 	return nil

@@ -225,11 +225,16 @@ func (t *Tunnel) admit(s session.Session) bool {
 		return false
 	}
 	t.log.Info("session admitted", "session", s.ID, "user", s.User, "address", s.Address)
+	t.look()
+	return true
+}
+
+// look makes Run look at the endpoints soon.
+func (t *Tunnel) look() {
 	select {
 	case t.wake <- struct{}{}:
 	default:
 	}
-	return true
 }
 
 // services are the ports of the host that a member of these groups reaches.
