@@ -11,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"perimeterd/internal/awscred"
 	"perimeterd/vpn/client"
 )
 
@@ -46,6 +47,12 @@ func doctorCommand(load func() (*client.Profile, error)) *cobra.Command {
 			report := d.Examine(ctx)
 			if err := ctx.Err(); err != nil {
 				return fmt.Errorf("not finished: %w", err)
+			}
+			for _, t := range awscred.Check(os.Environ()) {
+				f := client.Finding{Status: client.Warning, Step: "aws", Code: t.Code, Text: t.Text, Fix: t.Fix}
+				if report.Findings = append(report.Findings, f); !asJSON {
+					fmt.Println(f)
+				}
 			}
 			if asJSON {
 				out := json.NewEncoder(os.Stdout)

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -145,6 +146,10 @@ func (s *Server) Serve(ctx context.Context, ready func(Status)) error {
 	}
 	s.change, s.ready, s.ended = make(chan struct{}), make(chan struct{}), make(chan struct{})
 	var talks sync.WaitGroup
+	// The last holder's end leaves the session standing for the next one; somebody's word ends it.
+	var left, down atomic.Bool
+	leave := func() { left.Store(true); cancel() }
+	end := func() { down.Store(true); cancel() }
 	talks.Go(func() { s.local.run(ctx) })
 	go func() {
 		for {
@@ -152,7 +157,7 @@ func (s *Server) Serve(ctx context.Context, ready func(Status)) error {
 			if err != nil {
 				return
 			}
-			talks.Go(func() { s.talk(ctx, c, cancel) })
+			talks.Go(func() { s.talk(ctx, c, leave, end) })
 		}
 	}()
 	defer func() { // whoever waits for an answer gets it before the process ends
@@ -167,15 +172,20 @@ func (s *Server) Serve(ctx context.Context, ready func(Status)) error {
 	if s.failed != nil {
 		return s.failed
 	}
-	leave := s.Keeper.Stop
-	defer func() { leave() }()
+	defer func() {
+		if left.Load() && !down.Load() {
+			s.Keeper.Leave()
+		} else {
+			s.Keeper.Stop()
+		}
+	}()
 	defer cancel() // first nobody uses it any more
 	ready(s.status())
 	s.mu.Lock()
 	held := s.Held
 	s.mu.Unlock()
 	if held {
-		go s.watchHolders(ctx, func() { leave = s.Keeper.Leave; cancel() })
+		go s.watchHolders(ctx, leave)
 	} else {
 		s.local.spares.fill()
 	}
@@ -232,9 +242,9 @@ func (s *Server) update(f func()) {
 	s.change = make(chan struct{})
 }
 
-func (s *Server) talk(ctx context.Context, c net.Conn, end func()) {
-	leave := c.Close
-	defer func() { leave() }()
+func (s *Server) talk(ctx context.Context, c net.Conn, leave, end func()) {
+	hangUp := c.Close
+	defer func() { hangUp() }()
 	c.SetReadDeadline(time.Now().Add(time.Second))
 	in := bufio.NewReaderSize(c, 1024)
 	line, err := in.ReadSlice('\n') // longer than the buffer is an error
@@ -288,7 +298,7 @@ func (s *Server) talk(ctx context.Context, c net.Conn, end func()) {
 		await(false)
 	case doHold:
 		s.update(func() { s.holders++ })
-		defer s.leave(end)
+		defer s.leave(leave)
 		l, err := net.Listen("tcp4", "127.0.0.1:0")
 		if err != nil {
 			answer(err)
@@ -327,7 +337,7 @@ func (s *Server) talk(ctx context.Context, c net.Conn, end func()) {
 		<-s.ended
 		c.SetWriteDeadline(time.Now().Add(time.Second))
 		json.NewEncoder(c).Encode(Answer{Status: Status{State: "down", Profile: s.Keeper.Profile.Name()}})
-		leave = func() error { return nil } // its end tells the other side that this process is gone
+		hangUp = func() error { return nil } // its end tells the other side that this process is gone
 	}
 }
 

@@ -40,7 +40,7 @@ const (
 // Finding is what was found at one step.
 type Finding struct {
 	Status string `json:"status"`         // ok, warning, problem
-	Step   string `json:"step"`           // state, certificate, network, knock, gate, clock, session, udp, tunnel, proxy, egress, environment, keys
+	Step   string `json:"step"`           // state, certificate, network, knock, gate, clock, session, udp, tunnel, proxy, egress, environment, keys, aws
 	Code   string `json:"code,omitempty"` // of a warning or a problem; stable
 	Text   string `json:"text"`
 	Fix    string `json:"fix,omitempty"` // what to do
@@ -114,7 +114,7 @@ func (d *Doctor) Examine(ctx context.Context) Report {
 	tokens := d.state()
 	d.way(ctx, tokens)
 	d.inside(ctx)
-	for _, f := range append(environment(d.Environ, d.proxyURL(ctx)), plainKeys(d.Environ)...) {
+	for _, f := range append(environment(d.Environ, d.proxyURLs(ctx)...), plainKeys(d.Environ)...) {
 		d.found(f.Status, f.Step, f.Code, f.Text, f.Fix)
 	}
 	for _, f := range d.report.Findings {

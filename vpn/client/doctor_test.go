@@ -2,6 +2,7 @@ package client
 
 import (
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -36,7 +37,7 @@ func TestEnvironmentThatLeadsPastTheProxy(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			var got []string
-			for _, f := range environment(tt.environ, tt.proxy) {
+			for _, f := range environment(tt.environ, strings.Fields(tt.proxy)...) {
 				if f.Status != Well {
 					got = append(got, f.Code)
 				}

@@ -18,8 +18,8 @@ import (
 var awsNames = []string{"sts.amazonaws.com", "s3.us-east-1.amazonaws.com", "ec2.eu-central-1.amazonaws.com", "lambda.us-east-1.api.aws",
 	"console.aws.amazon.com", "signin.aws.amazon.com"}
 
-// environment judges a shell's proxy variables. Proxy is the tunnel's URL; empty: it is down.
-func environment(environ []string, proxy string) (list []Finding) {
+// environment judges a shell's proxy variables. Proxies are the URLs that lead into the tunnel; none: it is down.
+func environment(environ []string, proxies ...string) (list []Finding) {
 	get := lookup(environ)
 	add := func(status, code, fix, format string, a ...any) {
 		list = append(list, Finding{status, "environment", code, fmt.Sprintf(format, a...), fix})
@@ -31,7 +31,7 @@ func environment(environ []string, proxy string) (list []Finding) {
 			add(Warning, CodeVariables, way, "%s and %s differ: programs disagree on which of them counts", name, strings.ToUpper(name))
 		}
 		for _, v := range unique(lower, upper) {
-			if other := elsewhere(v, proxy); other != "" {
+			if other := elsewhere(v, proxies); other != "" {
 				add(Problem, CodeBypass, way, "%s leads to %s, and not into the tunnel: programs of this shell go that way", name, other)
 			}
 		}
@@ -77,17 +77,19 @@ func unique(values ...string) (out []string) {
 
 // elsewhere is where a proxy variable leads, without its password; empty: into the tunnel, or, while that is down, where
 // the tunnel's proxy may well be.
-func elsewhere(value, proxy string) string {
+func elsewhere(value string, proxies []string) string {
 	u, err := url.Parse(value)
 	if err != nil || u.Host == "" {
 		if u, err = url.Parse("http://" + value); err != nil {
 			return "something that is no URL"
 		}
 	}
-	if proxy != "" {
+	for _, proxy := range proxies {
 		if p, err := url.Parse(proxy); err == nil && p.Host == u.Host {
 			return ""
 		}
+	}
+	if len(proxies) > 0 {
 		return u.Redacted()
 	}
 	host := u.Hostname()

@@ -46,7 +46,9 @@ func (d *Doctor) inside(ctx context.Context) {
 		return
 	}
 	d.up = true
-	conn, err := net.DialTimeout("tcp", proxy.Host, proxyPatience)
+	asking, cancel = context.WithTimeout(ctx, proxyPatience)
+	_, err = FetchPAC(asking, s) // the listener here answers without a tunnel too; what the bastion says has come through it
+	cancel()
 	if err != nil {
 		if d.doubt || s.Data == DataBlocked {
 			d.passes(false)
@@ -55,9 +57,8 @@ func (d *Doctor) inside(ctx context.Context) {
 		d.found(Problem, "tunnel", CodeNoData, fmt.Sprintf("nothing comes back through it: %v", err), "vpn down && vpn up")
 		return
 	}
-	d.passes(true)
-	conn.Close()
-	d.well("proxy", "%s answers through the tunnel", proxy.Host)
+	d.passes(s.Transport != "tls")
+	d.well("proxy", "the bastion answers through the tunnel; programs find it at %s", proxy.Host)
 	d.egress(ctx, proxy, s)
 	for _, to := range d.Destinations {
 		d.destination(ctx, proxy, to)
@@ -78,18 +79,22 @@ func proxyOf(s Status) *url.URL {
 	return nil
 }
 
-// proxyURL is what the environment should have; empty while the tunnel is down.
-func (d *Doctor) proxyURL(ctx context.Context) string {
+// proxyURLs are what the environment may have: the listener here, and where there is a device the bastion's proxy itself. None
+// while the tunnel is down.
+func (d *Doctor) proxyURLs(ctx context.Context) (urls []string) {
 	if !d.up {
-		return ""
+		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, gatePatience)
 	defer cancel()
 	s, err := AskStatus(ctx, d.Profile)
 	if u := proxyOf(s); err == nil && u != nil {
-		return u.String()
+		urls = append(urls, u.String())
 	}
-	return ""
+	if err == nil && s.Mode == ModeTUN && s.Proxy.IsValid() {
+		urls = append(urls, "http://"+s.Proxy.String())
+	}
+	return urls
 }
 
 // proxyRefusal is the proxy's answer to a CONNECT, if that is not yes.

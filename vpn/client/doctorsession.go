@@ -87,7 +87,8 @@ func (d *Doctor) trySession(ctx context.Context, g *gateConn) (handshake time.Du
 	if err != nil {
 		return 0, err
 	}
-	t := Tunnel{dev: device.NewDevice(newNoTUN(), newWire(), &device.Logger{Verbosef: device.DiscardLogf, Errorf: device.DiscardLogf})}
+	t := Tunnel{wire: newWire()}
+	t.dev = device.NewDevice(newNoTUN(), t.wire, &device.Logger{Verbosef: device.DiscardLogf, Errorf: device.DiscardLogf})
 	defer t.Close()
 	if err := t.dev.IpcSet(fmt.Sprintf("private_key=%x\npublic_key=%x\npreshared_key=%x\nendpoint=%v\nallowed_ip=%v/32\npersistent_keepalive_interval=1\n",
 		private.Bytes(), s.ServerPublicKey, s.PresharedKey, netip.AddrPortFrom(d.gate.Addr(), port), s.Proxy.Addr())); err != nil {

@@ -327,7 +327,7 @@ func (d *Doctor) talk(ctx context.Context, conn net.Conn, how opened, tokens *To
 func (d *Doctor) passes(udp bool) {
 	switch {
 	case !udp:
-		d.found(Problem, "udp", CodeUDP, fmt.Sprintf("UDP port %d of %v does not answer: a network on the way seems to block it", d.Profile.TunnelPort, d.gate.Addr()),
+		d.found(Warning, "udp", CodeUDP, fmt.Sprintf("UDP port %d of %v does not answer: a network on the way seems to block it; the tunnel's packets go by TLS, which is slower", d.Profile.TunnelPort, d.gate.Addr()),
 			"try another network, or ask who runs this one to let it out")
 	case d.doubt:
 		d.found(Warning, "knock", CodeTokens, "the sequence opened the gate, and the token did not, although UDP passes: it was lost, or another machine with this profile had spent it", "")

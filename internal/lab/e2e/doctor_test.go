@@ -305,6 +305,7 @@ func TestDoctorLooksThroughTheTunnel(t *testing.T) {
 	}
 	right := "https_proxy=http://10.77.0.1:3128"
 	s.diagnosed("the environment of vpn env", s.doctor(s.alice, []string{right, "HTTPS_PROXY=http://10.77.0.1:3128", "NO_PROXY=localhost,127.0.0.1,::1,169.254.169.254,169.254.170.2"}))
+	s.diagnosed("the environment that vpn env prints", s.doctor(s.alice, []string{"https_proxy=" + s.status(s.alice).Listen.String()}))
 	s.diagnosed("NO_PROXY leaks", s.doctor(s.alice, []string{right, "NO_PROXY=localhost,.amazonaws.com"}), client.CodeLeak)
 	s.diagnosed("another proxy", s.doctor(s.alice, []string{"HTTPS_PROXY=http://me:secret@proxy.corp.example:8080"}), client.CodeBypass)
 	if r := s.doctor(s.alice, []string{"HTTPS_PROXY=http://me:secret@proxy.corp.example:8080"}); strings.Contains(fmt.Sprint(r), "secret") {
@@ -331,7 +332,9 @@ func TestDoctorLooksThroughTheTunnel(t *testing.T) {
 	s.perimeterd("apply")
 	s.diagnosed("another egress address", s.doctor(s.alice, nil), client.CodeEgress)
 	s.lose(gateUDP)
-	s.diagnosed("UDP blocked while the tunnel is up", s.doctor(s.alice, nil), client.CodeUDP, client.CodeTunnel+"?", client.CodeNoData+"?")
+	s.curl("--max-time", "5", "https://"+cloudName+"/").Run() // what is not answered shows it
+	s.awaitTransport("tls")
+	s.diagnosed("UDP blocked while the tunnel is up", s.doctor(s.alice, nil), client.CodeUDP, client.CodeEgress, client.CodeTokens+"?")
 	s.Link.SetLoss(nil)
 	s.ok(s.alice.VPN(s.ctx, "down"))
 }

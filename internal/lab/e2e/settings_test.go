@@ -2,6 +2,8 @@ package e2e
 
 import (
 	"encoding/json"
+	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"syscall"
@@ -55,11 +57,18 @@ func TestGroupsAndAddressActAtOnce(t *testing.T) {
 	}
 	s.ok(s.curl("https://" + cloudName + "/"))
 
-	// Her client dies and comes back while the gate still holds the session with her address.
+	// Her client dies, forgets, and comes back while the gate still holds the session with her address.
 	if err := syscall.Kill(third.PID, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	s.patiently("the client's end", func() bool { return s.status(s.alice).State == "down" })
+	kept, err := filepath.Glob(filepath.Join(s.alice.Home, ".config", "perimeter", "*.session"))
+	if err != nil || len(kept) != 1 {
+		t.Fatalf("kept: %v, %v", kept, err)
+	}
+	if err := os.Remove(kept[0]); err != nil {
+		t.Fatal(err)
+	}
 	s.ok(s.alice.VPN(s.ctx, "up"))
 	if got := s.status(s.alice); got.Address != third.Address || got.Session == third.Session {
 		t.Errorf("then it is %v in session %s", got.Address, got.Session)
