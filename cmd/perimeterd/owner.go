@@ -64,6 +64,27 @@ func (s *service) ownTree(dir string) error {
 	})
 }
 
+// take makes a directory root's alone until it is given back. Whoever owns it could put a link in the place of what root makes there,
+// and have root write, and give him, what is elsewhere. It changes nothing where this is not root, or the directory is root's.
+func take(dir string) (giveBack func() error, err error) {
+	f, err := os.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, err
+	}
+	st, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	was := st.Sys().(*syscall.Stat_t)
+	if os.Geteuid() != 0 || was.Uid == 0 {
+		return f.Close, nil
+	}
+	return func() error {
+		return errors.Join(f.Chmod(st.Mode().Perm()), f.Chown(int(was.Uid), int(was.Gid)), f.Close())
+	}, errors.Join(f.Chown(0, 0), f.Chmod(0o700))
+}
+
 // read lets the service read the configuration, by its group.
 func (s *service) read(config string) error {
 	if s == nil {

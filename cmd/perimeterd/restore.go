@@ -135,7 +135,14 @@ func (r *restoration) run(ctx context.Context) error {
 	if err := r.mayReplace(); err != nil {
 		return err
 	}
-	return r.write()
+	if err := r.write(); err != nil {
+		return err
+	}
+	service, err := serviceOf(r.config)
+	if err != nil {
+		return err
+	}
+	return service.own(r.c.StateDir)
 }
 
 // check goes through the whole archive and writes nothing.
@@ -342,6 +349,13 @@ func (r *restoration) write() (err error) {
 			}
 		}
 	}
+	for _, d := range tops {
+		giveBack, e := take(d.path)
+		if e != nil {
+			return e
+		}
+		defer func() { err = errors.Join(err, giveBack()) }()
+	}
 	targets := r.targets()
 	for _, t := range targets { // files that the configuration names in directories of their own
 		if made, err = mkdirAll(filepath.Dir(t.path), 0o755, made); err != nil {
@@ -505,7 +519,7 @@ func (r *restoration) finishOwners(at func(name string) string, state string) er
 			}
 		}
 	}
-	return errors.Join(service.read(at(backup.ConfigFile)), service.ownTree(state), service.own(r.c.StateDir))
+	return errors.Join(service.read(at(backup.ConfigFile)), service.ownTree(state))
 }
 
 // moveUnconfirmed has a configuration that nobody confirmed stay so in another directory.

@@ -22,7 +22,7 @@ func doctorCommand(load func() (*client.Profile, error)) *cobra.Command {
 		Long: "Looks at each step of the way: the state directory, network and name, knock, gate, clock, certificate, session, UDP, tunnel,\n" +
 			"proxy, egress address, and the shell's proxy variables; and at each HOST through the proxy, port 443 if none is given.\n" +
 			"The tunnel is left as it is. Where it is down, a session of its own is tried and ended, if the certificate has no other.\n" +
-			"Where no knock is answered, tokens of other times find out whether a clock is off.\n\n" +
+			"Where no knock is answered, tokens of earlier times find out whether the clock is fast; none of times to come is sent.\n\n" +
 			"Exit status: 0 all is well (there may be warnings), 1 something is not, 2 the command line is wrong.",
 		Example: "  vpn doctor\n  vpn doctor s3.us-east-1.amazonaws.com     why is this one not reached?",
 		RunE: func(_ *cobra.Command, args []string) error {

@@ -136,11 +136,18 @@ func (s *Server) Serve(ctx context.Context, ready func(Status)) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	port, err := listenLocal(p)
+	port, lost, err := listenLocal(p)
 	if err != nil {
 		return err
 	}
 	defer port.Close()
+	if lost != 0 { // any user may take it while the tunnel is down, and browsers and shells still go there
+		told := fmt.Sprintf("another program has 127.0.0.1:%d, so the proxy is %v from now on: what is set to the old one talks to that program", lost, port.Addr())
+		s.Keeper.Log.Warn(told)
+		if s.Keeper.Progress != nil {
+			s.Keeper.Progress(told)
+		}
+	}
 	if s.local, err = newLocal(port, s.Keeper, false); err != nil {
 		return err
 	}

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"slices"
 	"syscall"
 	"time"
 
@@ -192,8 +193,9 @@ func connect(ctx context.Context, to netip.AddrPort, patience time.Duration) (ne
 	return (&net.Dialer{}).DialContext(ctx, "tcp", to.String())
 }
 
-// otherTimes knocks as of other times: minutes off, as clocks drift, and hours off, as time zones are mistaken. Which of
-// them opened the gate's own clock says.
+// otherTimes knocks as of earlier times, the earliest first: minutes, as clocks drift, and hours, as time zones are mistaken. Which of
+// them opened the gate's own clock says. Tokens of times to come stay here: the right clock, behind a network that swallows
+// knocks, would give whoever is on the way what opens the gate later.
 func (d *Doctor) otherTimes(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
 	udp, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(to.Addr(), d.Profile.TunnelPort)))
 	if err != nil {
@@ -204,7 +206,7 @@ func (d *Doctor) otherTimes(ctx context.Context, to netip.AddrPort) (net.Conn, e
 	defer cancel()
 	go func() {
 		t := d.Profile.typed
-		for _, step := range otherSteps(d.Now(), t.step) {
+		for _, step := range earlierSteps(d.Now(), t.step) {
 			token := knock.NewToken(t.secret, t.serverID, step, uint8(rand.IntN(knock.Indexes)))
 			udp.Write(token[:]) // one that does not leave opens nothing
 			if !sleepUntil(ctx, time.Now().Add(tokenInterval)) {
@@ -220,26 +222,19 @@ func (d *Doctor) otherTimes(ctx context.Context, to netip.AddrPort) (net.Conn, e
 	}
 }
 
-// otherSteps are those that a clock may be in which is up to ten minutes off, or some half hours.
-func otherSteps(now time.Time, length time.Duration) (steps []int64) {
+// earlierSteps are those of the gate where this clock is up to ten minutes fast, or some half hours; in the order of time.
+func earlierSteps(now time.Time, length time.Duration) (steps []int64) {
 	here := knock.StepAt(now, length)
-	add := func(step int64) {
-		if step < here-2 || step > here+2 {
-			steps = append(steps, step)
-		}
+	for halves := time.Duration(28); halves > 0; halves-- {
+		at := knock.StepAt(now.Add(-halves*30*time.Minute), length)
+		steps = append(steps, at-1, at, at+1)
 	}
-	for n := int64(3); n <= max(3, int64(10*time.Minute/length)); n++ {
-		add(here - n)
-		add(here + n)
+	for n := max(3, int64(10*time.Minute/length)); n > 2; n-- {
+		steps = append(steps, here-n)
 	}
-	for halves := 1; halves <= 28; halves++ {
-		for _, off := range []time.Duration{time.Duration(halves) * 30 * time.Minute, -time.Duration(halves) * 30 * time.Minute} {
-			for n := int64(-1); n <= 1; n++ {
-				add(knock.StepAt(now.Add(off), length) + n)
-			}
-		}
-	}
-	return steps
+	slices.Sort(steps)
+	steps = slices.Compact(steps)
+	return slices.DeleteFunc(steps, func(step int64) bool { return step > here-3 })
 }
 
 // closed says why there is no connection.
@@ -259,7 +254,7 @@ func (d *Doctor) closed(endpoint string, how opened, err error) {
 	default:
 		var tried []string
 		if !errors.Is(how.token, errNone) && !errors.Is(how.token, errNotTried) {
-			tried = append(tried, fmt.Sprintf("tokens to UDP port %d, of this time (%s) and others", d.Profile.TunnelPort, d.Now().Format("15:04:05 MST")))
+			tried = append(tried, fmt.Sprintf("tokens to UDP port %d, of this time (%s) and earlier ones", d.Profile.TunnelPort, d.Now().Format("15:04:05 MST")))
 		}
 		if !errors.Is(how.ports, errNone) {
 			tried = append(tried, "the sequence")
@@ -271,8 +266,8 @@ func (d *Doctor) closed(endpoint string, how opened, err error) {
 		if len(tried) == 0 {
 			text += ", and no knock could be sent"
 		}
-		d.found(d.severity, "knock", CodeUnanswered, text, "the bastion is down or elsewhere, a network on the way blocks these ports, or the profile is revoked or replaced: "+
-			"try another network; the operator sees with `perimeterd watch` what arrives of your address")
+		d.found(d.severity, "knock", CodeUnanswered, text, "the bastion is down or elsewhere, a network on the way blocks these ports, this clock is slow, or the profile is revoked or replaced: "+
+			"look at the clock, try another network; the operator sees with `perimeterd watch` what arrives of your address")
 	}
 }
 

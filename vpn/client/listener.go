@@ -25,6 +25,7 @@ import (
 const (
 	localConnections = 2048             // of the owner
 	localStrangers   = 16               // of others, who wait for their refusal
+	localGuests      = 256              // of others who may have the credential
 	localHead        = 10 * time.Second // for a whole head
 	localLinger      = time.Second      // for what a refused client still sends
 	localBody        = 64 << 10         // of a request to the console, bytes
@@ -43,6 +44,7 @@ type Local struct {
 	keeper   *Keeper
 	log      *slog.Logger
 	owners   *owners // nil: the kernel does not tell; the credential decides
+	asked    bool    // the credential decides, whoever it is
 	login    string  // "vpn:secret" in base64
 	url      string  // of the proxy, for the owner
 	spares   *spares
@@ -55,17 +57,17 @@ func newLocal(l net.Listener, k *Keeper, asked bool) (*Local, error) {
 	rand.Read(secret)
 	login := loginName + ":" + fmt.Sprintf("%x", secret)
 	s := &Local{listener: l, at: l.Addr().(*net.TCPAddr).AddrPort(), keeper: k, log: k.Log,
-		login: base64.StdEncoding.EncodeToString([]byte(login)), url: "http://" + login + "@" + l.Addr().String()}
+		login: base64.StdEncoding.EncodeToString([]byte(login)), url: "http://" + login + "@" + l.Addr().String(), asked: asked}
 	s.spares = &spares{dial: func(ctx context.Context) (net.Conn, error) {
 		proxy, _ := k.addresses()
 		return k.Dial(ctx, proxy)
 	}}
+	var err error
+	if s.owners, err = newOwners(); err == nil && !asked {
+		err = s.tryOwners()
+	}
 	if asked {
 		return s, nil
-	}
-	var err error
-	if s.owners, err = newOwners(); err == nil {
-		err = s.tryOwners()
 	}
 	if err != nil {
 		s.log.Warn("the local listener asks for its credential: `vpn env` has it", "error", err)
@@ -112,7 +114,7 @@ func (s *Local) run(ctx context.Context) {
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { s.listener.Close() })
 	defer stop()
-	slots, strangers := make(chan struct{}, localConnections), make(chan struct{}, localStrangers)
+	slots, strangers, guests := make(chan struct{}, localConnections), make(chan struct{}, localStrangers), make(chan struct{}, localGuests)
 	for {
 		c, err := s.listener.Accept()
 		if errors.Is(err, net.ErrClosed) {
@@ -127,18 +129,21 @@ func (s *Local) run(ctx context.Context) {
 			}
 		}
 		in := c.(*net.TCPConn)
-		known, refuse := false, ""
+		known, room := false, slots
+		answer := func() { s.serve(ctx, in, known) }
 		if s.owners != nil {
 			uid, err := s.owners.of(in)
-			known = err == nil && uid == os.Getuid()
-			if err == nil && !known {
-				refuse = fmt.Sprintf("this is the tunnel of user %d, and of nobody else on this machine\n", os.Getuid())
+			switch mine := uid == os.Getuid(); {
+			case err != nil:
+			case mine:
+				known = !s.asked
+			case s.asked: // a program that changed its user, or somebody who only keeps the owner's places
+				room = guests
+			default:
+				refuse := fmt.Sprintf("this is the tunnel of user %d, and of nobody else on this machine\n", os.Getuid())
 				s.log.Debug("a stranger at the local listener", "uid", uid)
+				room, answer = strangers, func() { respond(in, http.StatusForbidden, refuse) }
 			}
-		}
-		room, answer := slots, func() { s.serve(ctx, in, known) }
-		if refuse != "" {
-			room, answer = strangers, func() { respond(in, http.StatusForbidden, refuse) }
 		}
 		select {
 		case room <- struct{}{}:

@@ -18,17 +18,18 @@ const firstPort = 3128
 const portCount = 256
 
 // listenLocal opens the profile's port on this machine: the one it had before, else the first that no other profile has and
-// nobody listens on. It is remembered, since it stands in browsers and in shells.
-func listenLocal(p *Profile) (net.Listener, error) {
+// nobody listens on. It is remembered, since it stands in browsers and in shells. Lost is the one it had before, where another
+// program has that now.
+func listenLocal(p *Profile) (l net.Listener, lost int, err error) {
 	file, err := stateFile(p, ".port")
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	own := readPort(file)
 	others := []int{}
 	files, err := filepath.Glob(filepath.Join(filepath.Dir(file), "*.port"))
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	for _, f := range files {
 		if f != file {
@@ -52,15 +53,15 @@ func listenLocal(p *Profile) (net.Listener, error) {
 			continue
 		}
 		if port != own {
-			err = writePrivate(file, []byte(strconv.Itoa(port)+"\n"))
+			lost, err = own, writePrivate(file, []byte(strconv.Itoa(port)+"\n"))
 		}
 		if err != nil {
 			l.Close()
-			return nil, err
+			return nil, 0, err
 		}
-		return l, nil
+		return l, lost, nil
 	}
-	return nil, fmt.Errorf("local listener: none of %d ports from %d is free: %w", len(ports), firstPort, errs)
+	return nil, 0, fmt.Errorf("local listener: none of %d ports from %d is free: %w", len(ports), firstPort, errs)
 }
 
 // readPort returns 0 where a file holds no port.

@@ -56,13 +56,26 @@ func HasKernel() error {
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread()
-		err := unix.Unshare(unix.CLONE_NEWNET)
-		if err == nil {
-			err = netlink.LinkAdd(&netlink.Wireguard{LinkAttrs: netlink.LinkAttrs{Name: "wg0"}})
-		}
-		done <- err
+		done <- tryKernel()
 	}()
 	return <-done
+}
+
+// tryName is a device's that is there for a moment.
+const tryName = "perimeter-try"
+
+// tryKernel leaves the thread in another namespace, unless it may make none, as the service may not: then the device is made here, and
+// removed.
+func tryKernel() error {
+	err := unix.Unshare(unix.CLONE_NEWNET)
+	if err != nil && !errors.Is(err, unix.EPERM) {
+		return err
+	}
+	try := &netlink.Wireguard{LinkAttrs: netlink.LinkAttrs{Name: tryName}}
+	if err := netlink.LinkAdd(try); err != nil && !errors.Is(err, unix.EEXIST) {
+		return err
+	}
+	return netlink.LinkDel(try)
 }
 
 // HeldByUs tells whether a device of an earlier run, which the kernel keeps, has the UDP port.

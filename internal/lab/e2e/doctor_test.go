@@ -230,8 +230,8 @@ func TestDoctorTellsClockFromCertificate(t *testing.T) {
 	// To a clock that is years off neither certificate is valid, and both are.
 	s.diagnosed("clock years slow", s.doctorAt(s.alice, -3*365*24*time.Hour), client.CodeClock, client.CodeTokens)
 	s.diagnosed("clock years fast", s.doctorAt(s.alice, 30*365*24*time.Hour), client.CodeClock, client.CodeTokens)
-	// Without a sequence, tokens of other times open. Each has a user's of his own, of which none is spent.
-	for i, off := range []time.Duration{-7 * time.Minute, 2 * time.Hour} {
+	// Without a sequence, tokens of earlier times open. Each has a user's of his own, of which none is spent.
+	for i, off := range []time.Duration{7 * time.Minute, 2 * time.Hour} {
 		name := fmt.Sprintf("bare%d", i)
 		if _, err := s.daemon.AddUser(s.ctx, name); err != nil {
 			t.Fatal(err)
@@ -239,6 +239,9 @@ func TestDoctorTellsClockFromCertificate(t *testing.T) {
 		bare := s.edited(name, func(p *client.Profile) { p.Sequence = nil })
 		s.diagnosed(fmt.Sprintf("clock off by %v, no sequence", off), s.doctorAt(bare, off), client.CodeClock, client.CodeTokens)
 		s.diagnosed("clock right", s.doctorAt(bare, 0), client.CodeTokens+"?")
+		if i == 0 { // by hours, the certificate tells
+			s.diagnosed("clock slow, no sequence", s.doctorAt(bare, -off), client.CodeUnanswered)
+		}
 	}
 
 	early := s.edited("early", func(p *client.Profile) { p.Certificate = s.resigned(p.Certificate, time.Hour, 2*time.Hour) })
