@@ -42,11 +42,10 @@ func (m *Manager) Watch(ctx context.Context, log *slog.Logger, status func() str
 				err = m.tell("WATCHDOG=1")
 			}
 			switch {
-			case ctx.Err() != nil:
 			case err == nil && dead != "":
 				log.Info("alive again: the watchdog hears of it")
 				dead = ""
-			case err != nil && err.Error() != dead:
+			case err != nil && ctx.Err() == nil && err.Error() != dead:
 				dead = err.Error()
 				log.Error("the watchdog hears nothing: a part of the daemon does not answer", "err", err)
 			}

@@ -28,13 +28,12 @@ import (
 	"perimeterd/vpn/client"
 )
 
-// transfers are $TRANSFERS slow ones of alice's, a third of them uploads, all of which move.
-func (i *installation) transfers() (all []*swarm.Transfer) {
+// some transfers are enough where it is not their number that counts.
+const some = 50
+
+// transfers are n slow ones of alice's, a third of them uploads, all of which move.
+func (i *installation) transfers(n int) (all []*swarm.Transfer) {
 	i.t.Helper()
-	n, err := strconv.Atoi(cmp.Or(os.Getenv("TRANSFERS"), "100"))
-	if err != nil {
-		i.t.Fatal(err)
-	}
 	const rate = 5000
 	var mu sync.Mutex
 	var errs []error
@@ -164,12 +163,18 @@ func (i *installation) resumes(session string) {
 // taken are the times that the log's lines about a handover tell.
 var taken = regexp.MustCompile(`"msg":"proxied connections (?:handed|taken) over".*`)
 
+// upgrade is under $TRANSFERS.
 func (i *installation) upgrade() {
-	session, pid, stored, all := i.session(), i.show("MainPID"), i.stored(), i.transfers()
+	n, err := strconv.Atoi(cmp.Or(os.Getenv("TRANSFERS"), "100"))
+	if err != nil {
+		i.t.Fatal(err)
+	}
+	session, pid, stored, all := i.session(), i.show("MainPID"), i.stored(), i.transfers(n)
 	_, cursor := i.journal("")
 	began := time.Now()
 	said := i.apt(append([]string{"install"}, i.debs(newer)...)...)
-	took, n := time.Since(began), running(all)
+	took := time.Since(began)
+	n = running(all)
 	if strings.Contains(said, "Next:") {
 		i.t.Errorf("an upgrade is no first time:\n%s", said)
 	}
@@ -232,7 +237,7 @@ func (i *installation) atGate() (ask func() error) {
 	}
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM([]byte(p.CA))
-	web := &http.Client{Transport: &http.Transport{
+	web := &http.Client{Timeout: time.Minute, Transport: &http.Transport{
 		DisableKeepAlives: true,
 		TLSClientConfig:   &tls.Config{ServerName: p.ServerID, RootCAs: roots, Certificates: []tls.Certificate{pair}},
 		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
@@ -255,7 +260,10 @@ func (i *installation) atGate() (ask func() error) {
 
 func (i *installation) restarts() {
 	const restarts = 20
-	session, stored, memory := i.session(), i.stored(), ""
+	session, stored := i.session(), i.stored()
+	if out, err := i.alice.Knock(i.ctx).CombinedOutput(); err != nil {
+		i.t.Fatalf("knock: %v\n%s", err, out)
+	}
 	ctx, cancel := context.WithCancel(i.ctx)
 	var clients sync.WaitGroup
 	defer func() { cancel(); clients.Wait() }()
@@ -284,6 +292,9 @@ func (i *installation) restarts() {
 	}
 	var took []time.Duration
 	for range restarts {
+		if out, err := i.alice.Knock(i.ctx).CombinedOutput(); err != nil { // the window of the one before may end
+			i.t.Fatalf("knock: %v\n%s", err, out)
+		}
 		began := time.Now()
 		i.ok("systemctl", "restart", "perimeterd.service")
 		took = append(took, time.Since(began))
@@ -303,7 +314,7 @@ func (i *installation) restarts() {
 		report()
 	}
 	slices.Sort(took)
-	memory = i.ok("grep", "-E", "^VmRSS", "/proc/"+i.show("MainPID")+"/status")
+	memory := i.ok("grep", "-E", "^VmRSS", "/proc/"+i.show("MainPID")+"/status")
 	i.t.Logf("%d restarts, each %v to %v, the median %v; then %s", restarts, took[0].Round(time.Millisecond), took[restarts-1].Round(time.Millisecond),
 		took[restarts/2].Round(time.Millisecond), strings.Join(strings.Fields(memory), " "))
 	if now := i.stored(); now != stored {
@@ -315,7 +326,7 @@ func (i *installation) restarts() {
 // reload takes up what changed, leaves what is wrong, and drops nothing.
 func (i *installation) reload() {
 	const file = "/etc/perimeterd/perimeterd.toml"
-	pid, all := i.show("MainPID"), i.transfers()
+	pid, all := i.show("MainPID"), i.transfers(some)
 	change := func(sed, says string) {
 		i.t.Helper()
 		_, cursor := i.journal("")
@@ -344,7 +355,7 @@ func (i *installation) reload() {
 
 // frozen is a daemon that hangs: the watchdog ends it. Meanwhile the door stays as it is.
 func (i *installation) frozen() {
-	session, pid, stored, all := i.session(), i.show("MainPID"), i.stored(), i.transfers()
+	session, pid, stored, all := i.session(), i.show("MainPID"), i.stored(), i.transfers(some)
 	began := time.Now()
 	i.ok("systemctl", "kill", "--kill-who=main", "--signal=STOP", "perimeterd.service")
 	i.want(i.ok("nft", "list", "table", "inet", "perimeterd"), "chain gate")
@@ -360,7 +371,7 @@ func (i *installation) frozen() {
 
 // crash is a bug that ends the daemon with the status of Go's runtime, which is the one of a wrong configuration too.
 func (i *installation) crash() {
-	session, pid, all := i.session(), i.show("MainPID"), i.transfers()
+	session, pid, all := i.session(), i.show("MainPID"), i.transfers(some)
 	i.ok("systemctl", "kill", "--kill-who=main", "--signal=QUIT", "perimeterd.service")
 	i.another(pid)
 	i.reset(all)
@@ -369,7 +380,7 @@ func (i *installation) crash() {
 
 // stopped is for good: what was kept is given up, and both sides of every connection are told.
 func (i *installation) stopped() {
-	session, all, before := i.session(), i.transfers(), len(i.cloud.Requests())
+	session, all, before := i.session(), i.transfers(some), len(i.cloud.Requests())
 	i.ok("systemctl", "stop", "perimeterd.service")
 	i.eventually("nothing is kept", func() error {
 		if n := i.stored(); n != "0" {

@@ -33,7 +33,7 @@ type Transfer struct {
 // NewTransfer begins to move size bytes, rate of them in a second, from or to the source to which conn leads, and which is its own
 // from then on.
 func NewTransfer(ctx context.Context, conn *tls.Conn, with Source, upload bool, size, rate int64) *Transfer {
-	t := &Transfer{Done: make(chan struct{}), conn: conn, body: make([]byte, 251*64), hurry: make(chan struct{})}
+	t := &Transfer{Done: make(chan struct{}), conn: conn, body: make([]byte, 251*256), hurry: make(chan struct{})}
 	for i := range t.body {
 		t.body[i] = byte(i % 251)
 	}
@@ -71,7 +71,7 @@ func (t *Transfer) Close() { t.conn.Close(); <-t.Done }
 // slow moves a piece ten times in each second of its length.
 func (t *Transfer) slow(ctx context.Context, n, rate int64, move func(int64) error) error {
 	for n > 0 && ctx.Err() == nil {
-		k := min(n, max(rate/10, 1))
+		k := min(n, max(rate/10, 1), int64(len(t.body)))
 		select {
 		case <-t.hurry:
 			k = min(n, int64(len(t.body)))
