@@ -14,13 +14,13 @@ type Part struct {
 	Alive func(context.Context) error
 }
 
-// Watch pings the manager at half the time that it waits, as long as every part proves to be alive, and tells the status when it
+// Watch pings the manager four times in the time that it waits, so that one late answer is no death, as long as every part proves to be alive, and tells the status when it
 // is another, until ctx ends. A daemon whose ping stays out is killed and started anew.
 func (m *Manager) Watch(ctx context.Context, log *slog.Logger, status func() string, parts ...Part) error {
 	const look = 5 * time.Second // at the status, where no ping is wanted
 	every := look
 	if m.watchdog > 0 {
-		every = min(m.watchdog/2, look)
+		every = min(m.watchdog/4, look)
 	}
 	if m.conn == nil {
 		<-ctx.Done()
@@ -37,16 +37,15 @@ func (m *Manager) Watch(ctx context.Context, log *slog.Logger, status func() str
 			said = line
 		}
 		if m.watchdog > 0 {
-			err := Ask(ctx, every/2, parts...)
+			err := Ask(ctx, every, parts...)
 			if err == nil {
 				err = m.tell("WATCHDOG=1")
 			}
 			switch {
-			case ctx.Err() != nil:
 			case err == nil && dead != "":
 				log.Info("alive again: the watchdog hears of it")
 				dead = ""
-			case err != nil && err.Error() != dead:
+			case err != nil && ctx.Err() == nil && err.Error() != dead:
 				dead = err.Error()
 				log.Error("the watchdog hears nothing: a part of the daemon does not answer", "err", err)
 			}

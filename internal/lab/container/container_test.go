@@ -81,6 +81,11 @@ func TestPackages(t *testing.T) {
 		{"operators and auditors", (*installation).groups},
 		{"kill -9", (*installation).kill},
 		{"an upgrade", (*installation).upgrade},
+		{"a client who never rests", (*installation).restarts},
+		{"a reload", (*installation).reload},
+		{"a daemon that hangs", (*installation).frozen},
+		{"a crash", (*installation).crash},
+		{"stopped for good", (*installation).stopped},
 		{"other rules are loaded", (*installation).reloadRules},
 		{"the power goes", (*installation).reboot},
 		{"remove keeps what purge removes", (*installation).purge},
@@ -262,7 +267,7 @@ func (i *installation) first() {
 	i.t.Logf("from init to a profile: %v", time.Since(began).Round(time.Millisecond))
 
 	// The lab's cloud has addresses that no real one has.
-	i.ok("sed", "-i", `s|^allow_private = .*|allow_private = ["198.19.1.0/24"]|`, "/etc/perimeterd/perimeterd.toml")
+	i.ok("sed", "-i", `s|^allow_private = .*|allow_private = ["198.19.1.0/24"]|; s|^per_user_connections = .*|per_user_connections = 2000|`, "/etc/perimeterd/perimeterd.toml")
 	i.ok("systemctl", "reload", "perimeterd")
 	text, err := os.ReadFile(i.m.Path("root/alice.profile"))
 	if err != nil {
@@ -439,40 +444,14 @@ func (i *installation) kill() {
 	defer ended()
 	i.ok("systemctl", "kill", "--signal=KILL", "perimeterd.service")
 	i.want(i.ok("nft", "list", "table", "inet", "perimeterd"), "chain gate") // dead or alive
-	i.eventually("another daemon runs", func() error {
-		if now := i.show("MainPID"); now == pid || now == "0" || i.show("ActiveState") != "active" {
-			return fmt.Errorf("main process %s, was %s, %s", now, pid, i.show("ActiveState"))
-		}
-		return nil
-	})
-	i.fetch()
-	if now := i.session(); now != session {
-		i.t.Errorf("session %s, was %s", now, session)
-	}
+	i.another(pid)
+	i.resumes(session)
 	// What a daemon that is not root may not do, it says. A container's own limit of files is not ours.
 	for line := range strings.Lines(i.ok("journalctl", "--unit=perimeterd.service", "--output=cat", "--no-pager")) {
 		if (strings.Contains(line, `"level":"WARN"`) || strings.Contains(line, `"level":"ERROR"`)) && !strings.Contains(line, "LimitNOFILE") {
 			i.t.Error(line)
 		}
 	}
-}
-
-func (i *installation) upgrade() {
-	session, pid, ended := i.session(), i.show("MainPID"), i.download()
-	defer ended()
-	said := i.apt(append([]string{"install"}, i.debs(newer)...)...)
-	if strings.Contains(said, "Next:") {
-		i.t.Errorf("an upgrade is no first time:\n%s", said)
-	}
-	if i.show("MainPID") == pid || i.show("ActiveState") != "active" {
-		i.t.Errorf("main process %s, was %s, %s", i.show("MainPID"), pid, i.show("ActiveState"))
-	}
-	i.want(i.ok("perimeterd", "status"), newer)
-	i.fetch()
-	if now := i.session(); now != session {
-		i.t.Errorf("session %s, was %s", now, session)
-	}
-	i.ok("perimeterd", "user", "add", "bob") // the signer answers
 }
 
 func (i *installation) reloadRules() {

@@ -171,13 +171,32 @@ func (m *machine) Start(ctx context.Context) error {
 	return nil
 }
 
+// command is one in the machine.
+type command struct {
+	*exec.Cmd
+	thread chan func()
+}
+
 // Command prepares a command in it, as root.
-func (m *machine) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
+func (m *machine) Command(ctx context.Context, name string, args ...string) command {
 	c := exec.CommandContext(ctx, "nsenter", append([]string{"--target", strconv.Itoa(m.leader), "--all", "--", "env", "--chdir=/root", name}, args...)...)
 	c.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LC_ALL=C.UTF-8", "DEBIAN_FRONTEND=noninteractive"}
 	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	c.WaitDelay = 2 * time.Second
-	return c
+	return command{c, m.thread}
+}
+
+// CombinedOutput starts it on the machine's thread: any other may have been a namespace's, ends, and takes it along.
+func (c command) CombinedOutput() ([]byte, error) {
+	var out bytes.Buffer
+	c.Stdout, c.Stderr = &out, &out
+	started := make(chan error)
+	c.thread <- func() { started <- c.Start() }
+	err := <-started
+	if err == nil {
+		err = c.Wait()
+	}
+	return out.Bytes(), err
 }
 
 // Copy puts a file of this host into root's home there.

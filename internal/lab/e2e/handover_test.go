@@ -1,14 +1,10 @@
 package e2e
 
 import (
-	"bufio"
 	"context"
-	"crypto/sha256"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"slices"
 	"strings"
@@ -57,79 +53,15 @@ func (c *crowd) restart() (stop, start time.Duration) {
 	return ended.Sub(began), time.Since(ended)
 }
 
-// transfer is a request through the proxy that is under way.
-type transfer struct {
-	conn  *tls.Conn
-	moved atomic.Int64
-	err   error // nil: every byte came, the right one
-	done  chan struct{}
-}
-
-// slow moves a piece ten times in each second of its length.
-func slow(ctx context.Context, t *transfer, n, rate int64, move func(int64) error) error {
-	for n > 0 && ctx.Err() == nil {
-		k := min(n, max(rate/10, 1))
-		if err := move(k); err != nil {
-			return err
-		}
-		n -= k
-		t.moved.Add(k)
-		time.Sleep(100 * time.Millisecond)
-	}
-	return ctx.Err()
-}
-
-// download fetches n bytes and compares their hash; upload sends as many, which the cloud counts and TLS guards.
-func (c *crowd) transfer(m *swarm.Member, upload bool, n, rate int64) *transfer {
+// transfer begins one of a member's, to be ended with the test.
+func (c *crowd) transfer(m *swarm.Member, upload bool, n, rate int64) *swarm.Transfer {
 	c.t.Helper()
 	conn, err := m.Tunnel(c.ctx, c.source)
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	t := &transfer{conn: conn, done: make(chan struct{})}
-	c.t.Cleanup(func() { conn.Close(); <-t.done })
-	body := make([]byte, 251*256)
-	for i := range body {
-		body[i] = byte(i % 251)
-	}
-	go func() {
-		defer close(t.done)
-		defer conn.Close()
-		t.err = func() error {
-			if upload {
-				if _, err := fmt.Fprintf(conn, "POST /upload HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\n\r\n", c.source.Host, n); err != nil {
-					return err
-				}
-				if err := slow(c.ctx, t, n, rate, func(k int64) error { _, err := conn.Write(body[:k]); return err }); err != nil {
-					return err
-				}
-			} else if _, err := fmt.Fprintf(conn, "GET /bytes/%d HTTP/1.1\r\nHost: %s\r\n\r\n", n, c.source.Host); err != nil {
-				return err
-			}
-			answer, err := http.ReadResponse(bufio.NewReaderSize(conn, 4096), nil)
-			if err != nil {
-				return err
-			}
-			if upload {
-				b, err := io.ReadAll(answer.Body)
-				if err == nil && string(b) != fmt.Sprintf("got %d bytes\n", n) {
-					err = fmt.Errorf("the cloud says %q", b)
-				}
-				return err
-			}
-			got, want := sha256.New(), sha256.New()
-			if err := slow(c.ctx, t, n, rate, func(k int64) error { _, err := io.CopyN(got, answer.Body, k); return err }); err != nil {
-				return err
-			}
-			for left := n; left > 0; left -= int64(len(body)) {
-				want.Write(body[:min(left, int64(len(body)))])
-			}
-			if !slices.Equal(got.Sum(nil), want.Sum(nil)) {
-				return errors.New("other bytes than the cloud sent")
-			}
-			return nil
-		}()
-	}()
+	t := swarm.NewTransfer(c.ctx, conn, c.source, upload, n, rate)
+	c.t.Cleanup(t.Close)
 	return t
 }
 
@@ -175,17 +107,17 @@ func TestPlannedRestartsCutNoTransferAndLoseNoByte(t *testing.T) {
 	const members, each, restarts, size, rate = 4, 30, 3, 1_500_000, 100_000
 	c := newManagedCrowd(t, members)
 	baseline, kept := c.descriptors(), c.daemon.Manager.Kept()
-	var all []*transfer
+	var all []*swarm.Transfer
 	for i := range members * each {
 		all = append(all, c.transfer(c.Members[i%members], i%3 == 0, size, rate))
 	}
 	for n := range restarts {
 		c.await("every transfer moves", func() bool {
-			return !slices.ContainsFunc(all, func(t *transfer) bool { return t.moved.Load() <= int64(n)*rate/2 })
+			return !slices.ContainsFunc(all, func(t *swarm.Transfer) bool { return t.Moved() <= int64(n)*rate/2 })
 		})
 		running := 0
 		for _, t := range all {
-			if t.moved.Load() < size {
+			if t.Moved() < size {
 				running++
 			}
 		}
@@ -193,9 +125,9 @@ func TestPlannedRestartsCutNoTransferAndLoseNoByte(t *testing.T) {
 		c.t.Logf("restart under %d transfers: ended in %v, ready in %v", running, stop.Round(time.Millisecond), start.Round(time.Millisecond))
 	}
 	for i, tr := range all {
-		<-tr.done
-		if tr.err != nil {
-			t.Errorf("transfer %d after %d bytes: %v", i, tr.moved.Load(), tr.err)
+		<-tr.Done
+		if tr.Err() != nil {
+			t.Errorf("transfer %d after %d bytes: %v", i, tr.Moved(), tr.Err())
 		}
 	}
 	for _, e := range c.daemon.Entries("proxied connections taken over") {
@@ -219,12 +151,12 @@ func TestPlannedRestartsCutNoTransferAndLoseNoByte(t *testing.T) {
 func TestKilledUnderAManagerItResetsAndNeverEndsATransfer(t *testing.T) {
 	const members, each = 3, 10
 	c := newManagedCrowd(t, members)
-	var all []*transfer
+	var all []*swarm.Transfer
 	for i := range members * each {
 		all = append(all, c.transfer(c.Members[i%members], i%3 == 0, 1e9, 200_000))
 	}
 	c.await("every transfer moves", func() bool {
-		return !slices.ContainsFunc(all, func(t *transfer) bool { return t.moved.Load() == 0 })
+		return !slices.ContainsFunc(all, func(t *swarm.Transfer) bool { return t.Moved() == 0 })
 	})
 	if err := c.daemon.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
@@ -234,8 +166,8 @@ func TestKilledUnderAManagerItResetsAndNeverEndsATransfer(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i, tr := range all {
-		if <-tr.done; !errors.Is(tr.err, syscall.ECONNRESET) && !errors.Is(tr.err, syscall.EPIPE) {
-			t.Errorf("transfer %d after %d bytes: %v, want a reset", i, tr.moved.Load(), tr.err)
+		if <-tr.Done; !errors.Is(tr.Err(), syscall.ECONNRESET) && !errors.Is(tr.Err(), syscall.EPIPE) {
+			t.Errorf("transfer %d after %d bytes: %v, want a reset", i, tr.Moved(), tr.Err())
 		}
 	}
 }
@@ -244,7 +176,7 @@ func TestKilledUnderAManagerItResetsAndNeverEndsATransfer(t *testing.T) {
 func TestStoppedForGoodItResetsWhatNobodyTakes(t *testing.T) {
 	c := newManagedCrowd(t, 1)
 	tr := c.transfer(c.Members[0], true, 1e9, 200_000)
-	c.await("it moves", func() bool { return tr.moved.Load() > 0 })
+	c.await("it moves", func() bool { return tr.Moved() > 0 })
 	if err := c.daemon.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
@@ -267,8 +199,8 @@ func TestStoppedForGoodItResetsWhatNobodyTakes(t *testing.T) {
 	if err := c.daemon.Start(c.ctx); err != nil {
 		t.Fatal(err)
 	}
-	if <-tr.done; !errors.Is(tr.err, syscall.ECONNRESET) && !errors.Is(tr.err, syscall.EPIPE) {
-		t.Errorf("the client's side: %v, want a reset", tr.err)
+	if <-tr.Done; !errors.Is(tr.Err(), syscall.ECONNRESET) && !errors.Is(tr.Err(), syscall.EPIPE) {
+		t.Errorf("the client's side: %v, want a reset", tr.Err())
 	}
 }
 

@@ -85,6 +85,11 @@ func (m *Member) Tunnel(ctx context.Context, from Source) (*tls.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
+	return Connect(ctx, c, from)
+}
+
+// Connect makes of a connection to the proxy one to the source, by TLS.
+func Connect(ctx context.Context, c net.Conn, from Source) (*tls.Conn, error) {
 	if t, ok := c.(*net.TCPConn); ok {
 		t.SetReadBuffer(received) // what is in it comes to be read after the last byte arrived
 	}
