@@ -109,7 +109,7 @@ func (r *report) compare(direction string, ways []through, got map[string][]pace
 		r.Add(bench.Figure{What: "tunnel alone, TCP " + direction, Who: w.who, Unit: "B/s", Values: rates})
 		r.Add(bench.Figure{What: "tunnel alone, TCP " + direction + ", processor of the server", Who: w.who, Unit: "s/GB", Values: servers})
 		r.Add(bench.Figure{What: "tunnel alone, TCP " + direction + ", processor of the client", Who: w.who, Unit: "s/GB", Values: clients})
-		text = append(text, fmt.Sprintf("%s %.2f Gb/s (%.2f–%.2f), CPU seconds a GB %.2f and %.2f", 
+		text = append(text, fmt.Sprintf("%s %.2f Gb/s (%.2f–%.2f), CPU seconds a GB %.2f and %.2f",
 			w.who, median(rates)*8/1e9, slices.Min(rates)*8/1e9, slices.Max(rates)*8/1e9, median(servers), median(clients)))
 	}
 	ours, theirs := got[ways[0].who], got[ways[1].who]
