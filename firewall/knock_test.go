@@ -116,7 +116,7 @@ func (r *room) accepted(from netip.Addr) bool {
 	return false
 }
 
-func (r *room) send(from netip.Addr, payload []byte) {
+func (r *room) send(from netip.Addr, payloads ...[]byte) {
 	r.t.Helper()
 	to := r.Bastion.Addr
 	if from.Is6() {
@@ -127,8 +127,10 @@ func (r *room) send(from netip.Addr, payload []byte) {
 		r.t.Fatal(err)
 	}
 	defer c.Close()
-	if _, err := c.Write(payload); err != nil {
-		r.t.Fatal(err)
+	for _, p := range payloads {
+		if _, err := c.Write(p); err != nil {
+			r.t.Fatal(err)
+		}
 	}
 }
 

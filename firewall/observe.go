@@ -40,6 +40,7 @@ func (f *Firewall) Observe(ctx context.Context, group uint16, ready chan<- struc
 		return fmt.Errorf("NFLOG group %d: %w", group, err)
 	}
 	broken := make(chan error, 1)
+	var lately openedLately
 	err = l.RegisterWithErrorFunc(ctx, func(a nflog.Attribute) int {
 		if a.Payload == nil {
 			return 0
@@ -52,11 +53,12 @@ func (f *Firewall) Observe(ctx context.Context, group uint16, ready chan<- struc
 		switch {
 		case !ok:
 		case a.Prefix != nil && *a.Prefix != "":
-			if r, ok := refusalOf(*a.Prefix, o); ok {
+			if r, ok := refusalOf(*a.Prefix, o); ok && !(r.Kind == TokenReplayed && lately.doubles(o)) {
 				refused(r)
 			}
 		case mark != 0:
 			f.opened(o)
+			lately.add(o)
 			opened(o)
 		}
 		return 0

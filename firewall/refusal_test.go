@@ -51,6 +51,54 @@ func TestRefusedAndReplayedTokensAreTold(t *testing.T) {
 	}
 }
 
+func TestTokenThatComesTwiceOnOneWayIsNoReplay(t *testing.T) {
+	r := newRoom(t, example())
+	for _, me := range []netip.Addr{r.Client.Addr, r.Client.Addr6} {
+		good := tok(byte(me.BitLen()))
+		r.load(Token{good, 42, soon()})
+		r.send(me, good[:], good[:]) // few: what is told has a limit
+		if list := r.told(); len(list) != 0 || !r.accepted(me) {
+			t.Errorf("told %+v of copies", list)
+		}
+		r.send(me, good[:]) // from another port
+		r.wantTold(TokenReplayed, me, false)
+	}
+	if o := r.seen(); len(o) != 2 {
+		t.Errorf("observed %+v, want the two openings", o)
+	}
+}
+
+func TestCopyIsToldWhenItIsLateOrNotOfThatWay(t *testing.T) {
+	first := Opening{Source: netip.MustParseAddr("192.0.2.1"), Port: 40000, Token: tok(1), At: time.Unix(1_800_000_000, 0)}
+	var l openedLately
+	if l.doubles(Opening{At: first.At}) {
+		t.Error("a copy of nothing")
+	}
+	l.add(first)
+	for _, test := range []struct {
+		name   string
+		change func(*Opening)
+		want   bool
+	}{
+		{"a copy", func(o *Opening) { o.At = o.At.Add(doubledWithin - 1) }, true},
+		{"late", func(o *Opening) { o.At = o.At.Add(doubledWithin) }, false},
+		{"another source", func(o *Opening) { o.Source = netip.MustParseAddr("192.0.2.2") }, false},
+		{"another port", func(o *Opening) { o.Port++ }, false},
+		{"another token", func(o *Opening) { o.Token = tok(2) }, false},
+	} {
+		o := first
+		if test.change(&o); l.doubles(o) != test.want {
+			t.Errorf("%s: taken for the same datagram: %v", test.name, !test.want)
+		}
+	}
+	for range l.list { // so many others
+		l.add(Opening{Token: tok(3)})
+	}
+	if l.doubles(first) {
+		t.Error("more is remembered than there is room for")
+	}
+}
+
 // sequenceRoom has the sequence 7001, 19/udp, 9.
 func sequenceRoom(t *testing.T) *room {
 	cfg := example()

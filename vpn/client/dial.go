@@ -27,8 +27,11 @@ const (
 )
 
 // attempts are the first connects, counted from a knock. The first leaves a millisecond behind it, since on several
-// queues a SYN sent at once may overtake the token; a SYN that the door dropped would cost a second.
-var attempts = [...]time.Duration{1 * time.Millisecond, 6 * time.Millisecond, 60 * time.Millisecond, 200 * time.Millisecond}
+// queues a SYN sent at once may overtake the token; a SYN that the door dropped would cost a second. From repeatFrom on the token goes
+// before each again: it was lost, or the way is long, and then the gate takes it for the copy that it is.
+var attempts = [...]time.Duration{1 * time.Millisecond, 6 * time.Millisecond, 40 * time.Millisecond, 200 * time.Millisecond}
+
+const repeatFrom = 2
 
 // Dialer opens the way to a gate: it knocks and connects at once.
 type Dialer struct {
@@ -198,8 +201,7 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 				if !sleepUntil(ctx, knocked.Add(at)) {
 					return
 				}
-				// By now the door has answered, or the token was lost. Earlier, the gate would tell of a replay wherever the way is long.
-				if last := i == len(attempts)-1; last && noToken == nil && d.sendToken(tunnel, udp) == nil && !sleepUntil(ctx, time.Now().Add(attempts[0])) {
+				if i >= repeatFrom && noToken == nil && d.sendToken(tunnel, udp) == nil && !sleepUntil(ctx, time.Now().Add(attempts[0])) {
 					return
 				}
 				go attempt()
@@ -240,6 +242,7 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 		select {
 		case r := <-results:
 			if r.err == nil {
+				cancel() // no token more: the next would be another
 				d.Tokens.Answered()
 				d.progress("gate open")
 				return r.conn, nil

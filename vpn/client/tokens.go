@@ -36,7 +36,7 @@ type pending struct {
 const (
 	// repeats is how often a token is sent before another is taken: a datagram that is lost leaves it as good as new, and one
 	// that is late is no different.
-	repeats = 3
+	repeats = 4
 	// mostSilent is how many tokens of a step may be taken while no answer comes.
 	mostSilent = 2
 )
