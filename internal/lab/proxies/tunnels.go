@@ -1,0 +1,148 @@
+//go:build linux
+
+package main
+
+import (
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// callers is how many threads open tunnels at once.
+const callers = 4
+
+// turn is one of a proxy's turns.
+type turn struct {
+	Proxy   string  `json:"proxy"`
+	Kind    string  `json:"kind"`
+	Round   int     `json:"round"`
+	Count   int64   `json:"count"` // tunnels, or bytes
+	CPU     float64 `json:"cpu_seconds"`
+	Seconds float64 `json:"seconds"`
+}
+
+// timed is a turn of which fn does the work.
+func timed(c *contender, kind string, round int, count int64, fn func() error) (turn, error) {
+	before, err := c.cpu()
+	if err != nil {
+		return turn{}, err
+	}
+	start := time.Now()
+	if err := fn(); err != nil {
+		return turn{}, fmt.Errorf("%s: %w", c.name, err)
+	}
+	took := time.Since(start)
+	after, err := c.cpu()
+	t := turn{c.name, kind, round, count, (after - before).Seconds(), took.Seconds()}
+	fmt.Printf("%-24s %-10s %8.1f µs of CPU each, %.0f a second\n", t.Proxy, t.Kind, t.CPU*1e6/float64(count), float64(count)/t.Seconds)
+	return t, err
+}
+
+// tunnels opens and closes many: to the origin's address, and to its name.
+func (r *results) tunnels(room *room, o options) error {
+	all := slices.Clone(room.all)
+	if ours := all[0]; ours.name == "perimeterd" && len(o.names) == 0 {
+		distant := *ours
+		distant.name, distant.distant = ours.name+", by its tunnel", true
+		all = append(all, &distant)
+	}
+	work := func(c *contender, host string, count int) error {
+		return room.threads(c, host, callers, func(_ int, k *caller) error {
+			for range count / callers {
+				client, server, err := k.open()
+				if err != nil {
+					return err
+				}
+				if err := finish(client, server); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	for _, to := range []struct{ kind, host string }{{"address", room.Cloud.Addr.String()}, {"name", cloudName}} {
+		if err := each(all, o.rounds, func(round int, c *contender) error {
+			if err := work(c, to.host, 10*callers); err != nil { // names, pools, threads
+				return err
+			}
+			count := o.tunnels / callers * callers
+			t, err := timed(c, to.kind, round, int64(count), func() error { return work(c, to.host, count) })
+			r.Tunnels = append(r.Tunnels, t)
+			return err
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// bulk moves much down and up one tunnel.
+func (r *results) bulk(room *room, o options) error {
+	return each(room.all, o.rounds, func(round int, c *contender) error {
+		return room.threads(c, cloudName, 1, func(_ int, k *caller) error {
+			for _, kind := range []string{"down", "up"} {
+				client, server, err := k.open()
+				if err != nil {
+					return err
+				}
+				from, to := server, client
+				if kind == "up" {
+					from, to = client, server
+				}
+				t, err := timed(c, kind, round, o.bulk, func() error { return move(from, to, o.bulk) })
+				unix.Close(client)
+				unix.Close(server)
+				if err != nil {
+					return err
+				}
+				r.Bulk = append(r.Bulk, t)
+			}
+			return nil
+		})
+	})
+}
+
+const piece = 256 << 10
+
+// move writes and reads so many bytes, and returns when the last one came.
+func move(from, to int, count int64) error {
+	var all sync.WaitGroup
+	var written error
+	all.Go(func() {
+		b := make([]byte, piece)
+		for left := count; left > 0 && written == nil; left -= min(left, piece) {
+			written = writeAll(from, b[:min(left, piece)])
+		}
+	})
+	n, err := drain(to, count)
+	if err == nil && n != count {
+		err = fmt.Errorf("an end after %d of %d bytes", n, count)
+	}
+	if err != nil {
+		unix.Shutdown(from, unix.SHUT_RDWR)
+	}
+	all.Wait()
+	if err != nil {
+		return err
+	}
+	return written
+}
+
+// drain reads until most bytes came, or the end.
+func drain(fd int, most int64) (n int64, err error) {
+	b := make([]byte, piece)
+	for n < most {
+		m, err := unix.Read(fd, b[:min(most-n, piece)])
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil || m == 0 {
+			return n, err
+		}
+		n += int64(m)
+	}
+	return n, nil
+}
