@@ -67,6 +67,9 @@ func (p *parking) enter(f *flow) bool {
 	p.flows[ticket] = f
 	f.quiet.Store(true)
 	p.mu.Unlock()
+	if operation == unix.EPOLL_CTL_ADD && f == &f.tunnel.down {
+		f.src.conn.SetKeepAliveConfig(keepAlive) // who talks has no need of it, and most tunnels never come here
+	}
 	// Once: what else comes is for who runs it then. A socket that is closed leaves the list by itself.
 	event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLONESHOT, Fd: int32(uint32(ticket)), Pad: int32(uint32(ticket >> 32))}
 	var failed error

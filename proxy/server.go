@@ -10,6 +10,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -55,15 +56,35 @@ type state struct {
 	policy *Policy
 }
 
-// Listen opens the proxy's listener. Multipath TCP is off: such sockets cannot be spliced.
+// Listen opens the proxy's listener. Multipath TCP is off: such sockets cannot be spliced. What every connection is to have, the
+// listening socket has: a connection takes it over from there, where asking for it would be five calls to the kernel each.
 func Listen(ctx context.Context, at netip.AddrPort) (net.Listener, error) {
-	lc := net.ListenConfig{KeepAliveConfig: keepAlive}
+	lc := net.ListenConfig{KeepAlive: -1, Control: func(_, _ string, c syscall.RawConn) (err error) {
+		cerr := c.Control(func(fd uintptr) { err = prepare(int(fd)) })
+		return errors.Join(cerr, err)
+	}}
 	lc.SetMultipathTCP(false)
 	l, err := lc.Listen(ctx, "tcp", at.String())
 	if err != nil {
 		return nil, fmt.Errorf("proxy.port %d: %w: is the tunnel device up, and no other proxy on %v?", at.Port(), err, at.Addr())
 	}
 	return l, nil
+}
+
+// prepare has the kernel look after a connection's peer, and reset the connection if this process dies (see cutWithUs).
+func prepare(fd int) error {
+	seconds := func(d time.Duration) int { return int(d / time.Second) }
+	for _, o := range []struct{ level, option, value int }{
+		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, seconds(keepAlive.Idle)},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, seconds(keepAlive.Interval)},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepAlive.Count},
+	} {
+		if err := unix.SetsockoptInt(fd, o.level, o.option, o.value); err != nil {
+			return os.NewSyscallError("setsockopt", err)
+		}
+	}
+	return os.NewSyscallError("setsockopt", unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}))
 }
 
 // New makes a proxy that Run will serve. It refuses a configuration that makes no sense.
@@ -92,7 +113,7 @@ func compile(cfg Config) (*state, error) {
 	return &state{Config: cfg, policy: policy}, nil
 }
 
-// Run serves l until ctx ends, then resets every connection that does not go on in another process and returns nil. L is closed. A Server runs once.
+// Run serves l, which is Listen's, until ctx ends, then resets every connection that does not go on in another process and returns nil. L is closed. A Server runs once.
 func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -192,7 +213,6 @@ func (s *Server) serve(c *net.TCPConn) {
 
 // admit ties a connection to the session that holds its address. It returns nil when there is none.
 func (s *Server) admit(c *net.TCPConn) *link {
-	cutWithUs(c)
 	l := &link{source: remote(c), client: c, began: time.Now()}
 	holder, ok := s.sessions.ByAddress(l.source.Addr())
 	if !ok {
