@@ -63,6 +63,7 @@ func (s *Server) connect(l *link, h head, src *source) {
 func (s *Server) finished(t *tunnel) {
 	t.access.Up, t.access.Down, t.access.End = t.up.moved.Load(), t.down.moved.Load(), t.link.why()
 	s.account(t)
+	s.settleUp(t)
 	s.done(t.access)
 	s.links.remove(t.link)
 }

@@ -163,6 +163,7 @@ func (p *plain) serve(w http.ResponseWriter, r *http.Request) {
 		}
 		a.Up, a.Down, a.End = t.up.moved.Load(), t.down.moved.Load(), l.why()
 		s.account(t)
+		s.settleUp(t)
 		s.done(a)
 		if x.bare {
 			s.links.remove(l)

@@ -45,6 +45,7 @@ type Server struct {
 	dialer   *dialer
 	links    *registry
 	arriving atomic.Int64 // connections that are no link yet
+	debts    *debts
 	buffers  *sync.Pool
 	parking  *parking
 	plain    *plain
@@ -94,7 +95,7 @@ func New(cfg Config, sessions Sessions, log *slog.Logger) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{
-		sessions: sessions, log: log, lines: quota.New[string](quota.Every, quota.Burst), dialer: newDialer(), links: newRegistry(),
+		sessions: sessions, log: log, lines: quota.New[string](quota.Every, quota.Burst), dialer: newDialer(), links: newRegistry(), debts: &debts{users: map[string]*bucket{}},
 		buffers: &sync.Pool{New: func() any { b := make([]byte, bufferSize); return &b }},
 	}
 	if s.parking, err = newParking(); err != nil {
