@@ -270,9 +270,12 @@ func (r *room) threads(c *contender, host string, n int, fn func(thread int, k *
 }
 
 // each gives every contender its turn in every round, each round beginning with another.
-func each(all []*contender, rounds int, turn func(round int, c *contender) error) error {
+func each(ctx context.Context, all []*contender, rounds int, turn func(round int, c *contender) error) error {
 	for round := range rounds {
 		for i := range all {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
 			if err := turn(round, all[(i+round)%len(all)]); err != nil {
 				return err
 			}

@@ -29,7 +29,7 @@ type latency struct {
 }
 
 // latencies measures all proxies and the way without one, in turn.
-func (r *results) latencies(room *room, o options) error {
+func (r *results) latencies(ctx context.Context, room *room, o options) error {
 	all := append([]*contender{room.direct}, room.all...)
 	for _, n := range busyTunnels {
 		found := map[string]*latency{}
@@ -38,7 +38,7 @@ func (r *results) latencies(room *room, o options) error {
 			found[c.name] = l
 			r.Latency = append(r.Latency, l)
 		}
-		if err := each(all, o.rounds, func(_ int, c *contender) error {
+		if err := each(ctx, all, o.rounds, func(_ int, c *contender) error {
 			return room.threads(c, cloudName, 1, func(_ int, k *caller) error { return k.busy(n, o.busy, found[c.name]) })
 		}); err != nil {
 			return err

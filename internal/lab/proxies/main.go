@@ -106,9 +106,9 @@ func measure(ctx context.Context, o options, resultsFile, docFile string) (err e
 		run  func() error
 	}{
 		{"manners", func() error { return r.manners(room) }},
-		{"tunnels", func() error { return r.tunnels(room, o) }},
-		{"bulk", func() error { return r.bulk(room, o) }},
-		{"latency", func() error { return r.latencies(room, o) }},
+		{"tunnels", func() error { return r.tunnels(ctx, room, o) }},
+		{"bulk", func() error { return r.bulk(ctx, room, o) }},
+		{"latency", func() error { return r.latencies(ctx, room, o) }},
 		{"exact", func() error { return r.exact(ctx, room, o) }},
 		{"idle", func() error { return r.idle(ctx, room, o) }},
 	} {

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"sync"
@@ -37,12 +38,16 @@ func timed(c *contender, kind string, round int, count int64, fn func() error) (
 	took := time.Since(start)
 	after, err := c.cpu()
 	t := turn{c.name, kind, round, count, (after - before).Seconds(), took.Seconds()}
-	fmt.Printf("%-24s %-10s %8.1f µs of CPU each, %.0f a second\n", t.Proxy, t.Kind, t.CPU*1e6/float64(count), float64(count)/t.Seconds)
+	if count < 1e6 {
+		fmt.Printf("%-24s %-8s %.1f µs of CPU each, %.0f a second\n", t.Proxy, t.Kind, cpuEach(t), rate(t))
+	} else {
+		fmt.Printf("%-24s %-8s %.3f s of CPU a GB, %.0f MB/s\n", t.Proxy, t.Kind, perGB(t), megas(t))
+	}
 	return t, err
 }
 
 // tunnels opens and closes many: to the origin's address, and to its name.
-func (r *results) tunnels(room *room, o options) error {
+func (r *results) tunnels(ctx context.Context, room *room, o options) error {
 	all := slices.Clone(room.all)
 	if ours := all[0]; ours.name == "perimeterd" && len(o.names) == 0 {
 		distant := *ours
@@ -64,7 +69,7 @@ func (r *results) tunnels(room *room, o options) error {
 		})
 	}
 	for _, to := range []struct{ kind, host string }{{"address", room.Cloud.Addr.String()}, {"name", cloudName}} {
-		if err := each(all, o.rounds, func(round int, c *contender) error {
+		if err := each(ctx, all, o.rounds, func(round int, c *contender) error {
 			if err := work(c, to.host, 10*callers); err != nil { // names, pools, threads
 				return err
 			}
@@ -80,8 +85,8 @@ func (r *results) tunnels(room *room, o options) error {
 }
 
 // bulk moves much down and up one tunnel.
-func (r *results) bulk(room *room, o options) error {
-	return each(room.all, o.rounds, func(round int, c *contender) error {
+func (r *results) bulk(ctx context.Context, room *room, o options) error {
+	return each(ctx, room.all, o.rounds, func(round int, c *contender) error {
 		return room.threads(c, cloudName, 1, func(_ int, k *caller) error {
 			for _, kind := range []string{"down", "up"} {
 				client, server, err := k.open()
