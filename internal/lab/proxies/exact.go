@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"perimeterd/internal/console"
+	"perimeterd/internal/lab/bench"
 )
 
 // counted is what each of those who count has of one tunnel.
@@ -79,6 +80,8 @@ func (r *results) exact(ctx context.Context, room *room, o options) error {
 	fmt.Printf("down: client %d, log %d, metrics %d; up: origin %d, log %d, metrics %d; %.1f s\n",
 		x.ClientDown, x.LogDown, x.MetricsDown, x.OriginUp, x.LogUp, x.MetricsUp, x.Seconds)
 	r.Exact = x
+	r.Add(bench.Figure{What: "counted otherwise than moved", Who: "perimeterd", Unit: "B", At: float64(x.Bytes), Axis: "bytes each way", Values: []float64{
+		float64(x.LogDown - x.ClientDown), float64(x.MetricsDown - x.ClientDown), float64(x.LogUp - x.OriginUp), float64(x.MetricsUp - x.OriginUp)}})
 	r.promise(x.ClientDown == x.Bytes+replySize && x.LogDown == x.ClientDown && x.MetricsDown == x.ClientDown, "bytes down are not counted exactly: %+v", *x)
 	r.promise(x.OriginUp > x.Bytes && x.LogUp == x.OriginUp && x.MetricsUp == x.OriginUp, "bytes up are not counted exactly: %+v", *x)
 	return nil

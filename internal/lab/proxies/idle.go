@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"perimeterd/internal/lab"
+	"perimeterd/internal/lab/bench"
 )
 
 const (
@@ -124,6 +125,9 @@ func (r *results) idle(ctx context.Context, room *room, o options) error {
 		}
 	}
 	for _, s := range r.Idle {
+		at := float64(s.Tunnels)
+		r.Add(bench.Figure{What: "idle memory a tunnel", Who: s.Proxy, Unit: "B", At: at, Axis: "idle tunnels", Values: []float64{s.each(rss, s.End)}})
+		r.Add(bench.Figure{What: "idle descriptors a tunnel", Who: s.Proxy, Unit: "1", At: at, Axis: "idle tunnels", Values: []float64{s.each(fds, s.End)}})
 		fmt.Printf("%-24s %d tunnels %s\n  before %+v\n  settled %+v: %.1f KB, %.2f descriptors each\n  end %+v\n  after %+v\n", s.Proxy, s.Tunnels, s.Failed,
 			s.Before, s.Settled, s.each(rss, s.Settled)/1024, s.each(fds, s.Settled), s.End, s.After)
 	}

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"perimeterd/internal/lab/bench"
 )
 
 const (
@@ -20,12 +22,14 @@ const (
 // busyTunnels is how many take turns.
 var busyTunnels = []int{1, 100, 1000}
 
-// latency is how long exchanges through busy tunnels took.
+// latency is how long exchanges through busy tunnels took in each turn.
 type latency struct {
-	Proxy   string    `json:"proxy"`
-	Tunnels int       `json:"tunnels"`
-	Times   []float64 `json:"microseconds"`
-	Skipped int       `json:"skipped"` // exchanges that were not begun in time
+	Proxy     string  `json:"proxy"`
+	Tunnels   int     `json:"tunnels"`
+	Exchanges int     `json:"exchanges"`
+	Skipped   int     `json:"skipped"` // exchanges that were not begun in time
+	Half      []int64 `json:"median_ns"`
+	Most      []int64 `json:"within_99_percent_ns"`
 }
 
 // latencies measures all proxies and the way without one, in turn.
@@ -39,21 +43,49 @@ func (r *results) latencies(ctx context.Context, room *room, o options) error {
 			r.Latency = append(r.Latency, l)
 		}
 		if err := each(ctx, all, o.rounds, func(_ int, c *contender) error {
-			return room.threads(c, cloudName, 1, func(_ int, k *caller) error { return k.busy(n, o.busy, found[c.name]) })
+			return room.threads(c, cloudName, 1, func(_ int, k *caller) error {
+				l := found[c.name]
+				times, skipped, err := k.busy(n, o.busy)
+				l.Exchanges, l.Skipped = l.Exchanges+len(times), l.Skipped+skipped
+				l.Half, l.Most = append(l.Half, bench.Quantile(times, 0.5).Nanoseconds()), append(l.Most, bench.Quantile(times, 0.99).Nanoseconds())
+				return err
+			})
 		}); err != nil {
 			return err
 		}
 		for _, c := range all {
-			l := found[c.name]
-			fmt.Printf("%-24s %5d tunnels: median %v, 99 %% within %v of %d, %d skipped\n", c.name, n,
-				quantile(l.Times, 0.5), quantile(l.Times, 0.99), len(l.Times), l.Skipped)
+			half, most := r.added(c.name, n)
+			what := "added latency"
+			if c.name == room.direct.name {
+				what = "latency without a proxy"
+			}
+			r.Add(bench.Figure{What: what + ", median", Who: c.name, Unit: "s", At: float64(n), Axis: "busy tunnels", Values: bench.Seconds(half...)})
+			r.Add(bench.Figure{What: what + ", 99 %", Who: c.name, Unit: "s", At: float64(n), Axis: "busy tunnels", Values: bench.Seconds(most...)})
+			fmt.Printf("%-24s %5d tunnels: %s, median %v, 99 %% within %v of %d, %d skipped\n", c.name, n, what,
+				bench.Quantile(half, 0.5), bench.Quantile(most, 0.5), found[c.name].Exchanges, found[c.name].Skipped)
 		}
 	}
 	return nil
 }
 
+// added is the median and what 99 % are within for each turn, less those of the turn without a proxy of the same round, whose own are as they are.
+func (r *results) added(name string, n int) (half, most []time.Duration) {
+	find := func(name string) *latency {
+		return r.Latency[slices.IndexFunc(r.Latency, func(l *latency) bool { return l.Proxy == name && l.Tunnels == n })]
+	}
+	l, base := find(name), find("direct")
+	for i := range l.Half {
+		if l == base {
+			half, most = append(half, time.Duration(l.Half[i])), append(most, time.Duration(l.Most[i]))
+			continue
+		}
+		half, most = append(half, time.Duration(l.Half[i]-base.Half[i])), append(most, time.Duration(l.Most[i]-base.Most[i]))
+	}
+	return half, most
+}
+
 // busy opens n tunnels, and exchanges a message on the next one at every pace.
-func (k *caller) busy(n int, long time.Duration, out *latency) (err error) {
+func (k *caller) busy(n int, long time.Duration) (times []time.Duration, skipped int, err error) {
 	clients, servers := make([]int, 0, n), make([]int, 0, n)
 	defer func() {
 		for i := range clients {
@@ -64,7 +96,7 @@ func (k *caller) busy(n int, long time.Duration, out *latency) (err error) {
 	for range n {
 		client, server, err := k.open()
 		if err != nil {
-			return err
+			return nil, 0, err
 		}
 		clients, servers = append(clients, client), append(servers, server)
 	}
@@ -75,20 +107,20 @@ func (k *caller) busy(n int, long time.Duration, out *latency) (err error) {
 	defer cancel()
 	p, err := newPoll(clients)
 	if err != nil {
-		return err
+		return nil, 0, err
 	}
 	defer p.close()
 	clock, err := unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_CLOEXEC)
 	if err != nil {
-		return err
+		return nil, 0, err
 	}
 	defer unix.Close(clock)
 	every := unix.NsecToTimespec(pace.Nanoseconds())
 	if err := unix.TimerfdSettime(clock, 0, &unix.ItimerSpec{Interval: every, Value: every}, nil); err != nil {
-		return err
+		return nil, 0, err
 	}
 	if err := p.add(clock, int32(n)); err != nil {
-		return err
+		return nil, 0, err
 	}
 	var b [message]byte
 	sent := make([]time.Time, n) // zero: none under way
@@ -96,32 +128,32 @@ func (k *caller) busy(n int, long time.Duration, out *latency) (err error) {
 	for end := time.Now().Add(long); time.Now().Before(end); {
 		ready, err := p.wait()
 		if err != nil {
-			return err
+			return nil, 0, err
 		}
 		for _, e := range ready {
 			i := int(e.Fd)
 			if i < n {
 				if err := readAll(clients[i], b[:]); err != nil {
-					return err
+					return nil, 0, err
 				}
-				out.Times = append(out.Times, float64(time.Since(sent[i]).Nanoseconds())/1000)
+				times = append(times, time.Since(sent[i]))
 				sent[i] = time.Time{}
 				continue
 			}
 			if _, err := unix.Read(clock, b[:8]); err != nil {
-				return err
+				return nil, 0, err
 			}
 			if next = (next + 1) % n; !sent[next].IsZero() {
-				out.Skipped++
+				skipped++
 				continue
 			}
 			sent[next] = time.Now()
 			if err := writeAll(clients[next], b[:]); err != nil {
-				return err
+				return nil, 0, err
 			}
 		}
 	}
-	return nil
+	return times, skipped, nil
 }
 
 // echo gives every message back until ctx ends.
@@ -183,12 +215,3 @@ func (p *poll) wait() ([]unix.EpollEvent, error) {
 }
 
 func (p *poll) close() { unix.Close(p.fd) }
-
-// quantile of times in microseconds, by the nearest rank; zero of none.
-func quantile(microseconds []float64, q float64) time.Duration {
-	if len(microseconds) == 0 {
-		return 0
-	}
-	sorted := slices.Sorted(slices.Values(microseconds))
-	return time.Duration(sorted[rank(len(sorted), q)] * 1000).Round(100 * time.Nanosecond)
-}

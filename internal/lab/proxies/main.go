@@ -2,7 +2,7 @@
 
 // Command proxies measures the proxy side by side with what it replaces, in network namespaces: perimeterd's built binary,
 // Squid and tinyproxy from Debian's packages, and the library goproxy alone. `make bench-proxy` runs it as root; it takes about
-// twenty minutes, ten of which it holds silent tunnels, and leaves nothing but its results. Exit status 1 if a
+// seven minutes, and leaves nothing but its results; `make bench-proxy-idle` holds the silent tunnels for ten. Exit status 1 if a
 // promise is not kept.
 package main
 
@@ -18,7 +18,7 @@ import (
 	"syscall"
 	"time"
 
-	"perimeterd/internal/lab"
+	"perimeterd/internal/lab/bench"
 )
 
 // limit is the longest that it may take, besides the time for which silent tunnels are held.
@@ -35,6 +35,23 @@ type options struct {
 	names                 []string
 }
 
+// long is whether only silent tunnels are measured, for as long as the goal says: they have a section and a file of their own.
+func (o options) long() bool {
+	return slices.Equal(o.only, []string{"idle"}) && o.hold >= 10*time.Minute
+}
+
+func (o options) command() string {
+	if o.long() {
+		return "make bench-proxy-idle"
+	}
+	return "make bench-proxy"
+}
+
+// whole is whether there is all that the documentation has.
+func (o options) whole() bool {
+	return len(o.names) == 0 && (o.long() || strings.Join(o.only, ",") == allParts)
+}
+
 func main() {
 	o := options{}
 	goproxyAt := flag.String("goproxy", "", "`ADDRESS` to serve goproxy on, and nothing else: for the program's own use")
@@ -42,11 +59,11 @@ func main() {
 	flag.IntVar(&o.rounds, "rounds", 5, "how often each proxy has its turn")
 	flag.IntVar(&o.tunnels, "tunnels", 3000, "tunnels opened and closed in a turn")
 	flag.Int64Var(&o.bulk, "bulk", 1e9, "bytes moved in a turn, each way")
-	flag.DurationVar(&o.busy, "busy", 3*time.Second, "how long a turn with busy tunnels lasts")
+	flag.DurationVar(&o.busy, "busy", 1500*time.Millisecond, "how long a turn with busy tunnels lasts")
 	flag.Int64Var(&o.exact, "exact", 10_000_000_019, "bytes moved at once down and up one tunnel, and compared with what is counted")
 	flag.IntVar(&o.idle, "idle", 10000, "silent tunnels at each proxy")
-	flag.DurationVar(&o.hold, "hold", 10*time.Minute, "how long they are held")
-	only := flag.String("only", allParts, "`PARTS` to measure; only all of them are written")
+	flag.DurationVar(&o.hold, "hold", time.Minute, "how long they are held")
+	only := flag.String("only", allParts, "`PARTS` to measure; written are all of them, or idle held for ten minutes")
 	names := flag.String("proxies", "", "`NAMES` of the proxies to measure; empty: all")
 	results := flag.String("results", "bench/proxy.json", "`FILE` for the raw numbers")
 	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose section \"The proxy\" is written")
@@ -91,16 +108,16 @@ func measure(ctx context.Context, o options, resultsFile, docFile string) (err e
 			return fmt.Errorf("-only %q: want some of %s", part, allParts)
 		}
 	}
-	r := &results{}
 	room, err := newRoom(ctx, o)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, room.close()) }()
-	if err := r.describe(ctx, room, o); err != nil {
+	r, err := begin(ctx, room, o)
+	if err != nil {
 		return err
 	}
-	fmt.Println(r.machine())
+	fmt.Println(r.Machine())
 	for _, part := range []struct {
 		name string
 		run  func() error
@@ -123,11 +140,11 @@ func measure(ctx context.Context, o options, resultsFile, docFile string) (err e
 			return fmt.Errorf("%s: %w", part.name, err)
 		}
 	}
-	r.Took = time.Since(r.Date).Seconds()
+	r.End()
 	section := r.section()
 	fmt.Printf("\n%s", section)
-	if strings.Join(o.only, ",") == allParts && len(o.names) == 0 {
-		err = errors.Join(r.write(resultsFile), lab.WriteSection(docFile, section))
+	if o.whole() {
+		err = errors.Join(bench.Write(resultsFile, r), bench.WriteSection(docFile, section))
 	}
 	return errors.Join(append(r.broken, err)...)
 }

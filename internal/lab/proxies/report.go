@@ -4,21 +4,12 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
-	"math"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strings"
-	"time"
 
-	"github.com/prometheus/procfs"
-	"golang.org/x/sys/unix"
-
-	"perimeterd/internal/lab"
+	"perimeterd/internal/lab/bench"
 )
 
 // Goals.
@@ -31,76 +22,29 @@ const (
 
 // results is what proxy.json holds.
 type results struct {
-	Date     time.Time         `json:"date"`
-	Command  string            `json:"command"`
-	Took     float64           `json:"took_seconds"`
-	Kernel   string            `json:"kernel"`
-	CPU      string            `json:"cpu"`
-	Cores    int               `json:"cores"`
-	Load     float64           `json:"load_before"` // others' use of the machine
-	Versions map[string]string `json:"versions"`
-	Manners  []manner          `json:"manners,omitempty"`
-	Tunnels  []turn            `json:"tunnels,omitempty"`
-	Bulk     []turn            `json:"bulk,omitempty"`
-	Latency  []*latency        `json:"latency,omitempty"`
-	Exact    *counted          `json:"exact,omitempty"`
-	Idle     []*silence        `json:"idle,omitempty"`
-	Limited  string            `json:"limited,omitempty"` // what this machine does not allow
+	*bench.Run
+	Manners []manner   `json:"manners,omitempty"`
+	Tunnels []turn     `json:"tunnels,omitempty"`
+	Bulk    []turn     `json:"bulk,omitempty"`
+	Latency []*latency `json:"latency,omitempty"`
+	Exact   *counted   `json:"exact,omitempty"`
+	Idle    []*silence `json:"idle,omitempty"`
+	Limited string     `json:"limited,omitempty"` // what this machine does not allow
 
 	options options
 	order   []string
 	broken  []error // promises
 }
 
-// promise notes one that was not kept.
-func (r *results) promise(kept bool, format string, a ...any) {
-	if !kept {
-		r.broken = append(r.broken, fmt.Errorf(format, a...))
+// begin says what is measured, and on what.
+func begin(ctx context.Context, room *room, o options) (*results, error) {
+	run, err := bench.Begin(ctx, o.command(), "squid", "tinyproxy-bin")
+	if err != nil {
+		return nil, err
 	}
-}
-
-// describe says what is measured, and on what.
-func (r *results) describe(ctx context.Context, room *room, o options) error {
-	r.Date, r.Command, r.Versions, r.options = time.Now().Round(0), "make bench-proxy", map[string]string{}, o
+	r := &results{Run: run, options: o}
 	for _, c := range room.all {
 		r.order = append(r.order, c.name)
-	}
-	var u unix.Utsname
-	if err := unix.Uname(&u); err != nil {
-		return err
-	}
-	r.Kernel = unix.ByteSliceToString(u.Release[:])
-	proc, err := procfs.NewDefaultFS()
-	if err != nil {
-		return err
-	}
-	cpus, err := proc.CPUInfo()
-	if err != nil {
-		return err
-	}
-	if r.Cores = len(cpus); r.Cores > 0 {
-		r.CPU = cpus[0].ModelName
-	}
-	load, err := proc.LoadAvg()
-	if err != nil {
-		return err
-	}
-	r.Load = load.Load1
-	ours, err := lab.Bin("perimeterd")
-	if err != nil {
-		return err
-	}
-	out, err := exec.CommandContext(ctx, ours, "--version").Output()
-	if err != nil {
-		return err
-	}
-	r.Versions["perimeterd"] = strings.TrimPrefix(strings.TrimSpace(string(out)), "perimeterd version ")
-	for _, p := range []string{"squid", "tinyproxy-bin"} {
-		out, err := exec.CommandContext(ctx, "dpkg-query", "-W", "-f", "${Version}", p).Output()
-		if err != nil {
-			return fmt.Errorf("version of Debian's package %s: %w", p, err)
-		}
-		r.Versions[p] = string(out)
 	}
 	if info, ok := debug.ReadBuildInfo(); ok {
 		r.Versions["Go"] = strings.TrimPrefix(info.GoVersion, "go")
@@ -110,25 +54,26 @@ func (r *results) describe(ctx context.Context, room *room, o options) error {
 			}
 		}
 	}
-	return nil
+	return r, nil
 }
 
-func (r *results) machine() string {
-	var versions []string
-	for name, v := range r.Versions {
-		versions = append(versions, name+" "+v)
+// promise notes one that was not kept.
+func (r *results) promise(kept bool, format string, a ...any) {
+	if !kept {
+		r.broken = append(r.broken, fmt.Errorf(format, a...))
 	}
-	slices.Sort(versions)
-	return fmt.Sprintf("%s, %d × %s, Linux %s, load %.2f before; %s",
-		r.Date.Format(time.DateOnly), r.Cores, r.CPU, r.Kernel, r.Load, strings.Join(versions, ", "))
 }
 
 // section is the text of the documentation.
 func (r *results) section() string {
 	var b strings.Builder
 	p := func(format string, a ...any) { fmt.Fprintf(&b, format, a...) }
-	p("## The proxy\n\n")
-	p("`%s`, which took %v; written by it. %s.\n", r.Command, time.Duration(r.Took*float64(time.Second)).Round(time.Second), r.machine())
+	if r.options.long() {
+		p("## The proxy, ten minutes of silence\n\n%s\n\nAll is as in the section above, of which this is the last part, held for longer.\n", r.Origin())
+		r.idleSection(p)
+		return b.String()
+	}
+	p("## The proxy\n\n%s\n", r.Origin())
 	p(`
 All four run on the bastion at once and are measured in turns, each round beginning with another: the built perimeterd with all it
 does (session, policy, TLS name check, log, audit, metrics, the firewall's backstop), Squid and tinyproxy from Debian with a source
@@ -176,8 +121,7 @@ func spread(turns []turn, proxy, kind, format string, of func(turn) float64) str
 	if list == nil {
 		return "–"
 	}
-	slices.Sort(list)
-	return fmt.Sprintf(format+" ("+format+"–"+format+")", list[rank(len(list), 0.5)], list[0], list[len(list)-1])
+	return fmt.Sprintf(format+" ("+format+"–"+format+")", bench.Quantile(list, 0.5), slices.Min(list), slices.Max(list))
 }
 
 func cpuEach(t turn) float64 { return t.CPU * 1e6 / float64(t.Count) }
@@ -221,25 +165,18 @@ func (r *results) latencySection(p func(string, ...any)) {
 ### Added latency
 
 An exchange of %d bytes each way every %v, by one tunnel after the other, less what the same takes without a proxy (first row, as it is);
-%d turns of %v for each. Median / 99 %% within.
+%d turns of %v for each. Median / 99 %% within; of the turns the median.
 
 | |`, message, pace, r.options.rounds, r.options.busy)
 	for _, n := range busyTunnels {
 		p(" %d busy |", n)
 	}
 	p("\n|---|%s\n", strings.Repeat("---|", len(busyTunnels)))
-	find := func(name string, n int) *latency {
-		return r.Latency[slices.IndexFunc(r.Latency, func(l *latency) bool { return l.Proxy == name && l.Tunnels == n })]
-	}
 	for _, name := range append([]string{"direct"}, r.order...) {
 		p("| %s |", name)
 		for _, n := range busyTunnels {
-			l, base := find(name, n), find("direct", n)
-			half, most := quantile(l.Times, 0.5), quantile(l.Times, 0.99)
-			if name != "direct" {
-				half, most = half-quantile(base.Times, 0.5), most-quantile(base.Times, 0.99)
-			}
-			p(" %v / %v |", half, most)
+			half, most := r.added(name, n)
+			p(" %v / %v |", bench.Rounded(bench.Quantile(half, 0.5)), bench.Rounded(bench.Quantile(most, 0.5)))
 		}
 		p("\n")
 	}
@@ -281,17 +218,3 @@ resident (VmRSS; what sockets take is the kernel's, and not in it). The goal is 
 func (s *silence) Threads() int { return s.End.Threads }
 
 func mega(bytes int) float64 { return float64(bytes) / 1e6 }
-
-func (r *results) write(file string) error {
-	text, err := json.MarshalIndent(r, "", "  ")
-	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
-		return err
-	}
-	return os.WriteFile(file, append(text, '\n'), 0o644)
-}
-
-// rank is the place of a quantile in a sorted list, the nearest.
-func rank(n int, q float64) int { return max(int(math.Ceil(q*float64(n)))-1, 0) }

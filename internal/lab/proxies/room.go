@@ -106,7 +106,7 @@ func newRoom(ctx context.Context, o options) (_ *room, err error) {
 	}
 	cloud.DNS.SetTTL(nameTTL)
 	for key, value := range map[string]string{
-		"net.ipv4.ip_local_port_range": "1024 65000",
+		"net.ipv4.ip_local_port_range": "1024 65535",
 		// The firewall's memory of 100,000 connections that are over.
 		"net.netfilter.nf_conntrack_tcp_timeout_time_wait": "2",
 	} {

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"perimeterd/internal/lab/bench"
 )
 
 // callers is how many threads open tunnels at once.
@@ -75,8 +77,17 @@ func (r *results) tunnels(ctx context.Context, room *room, o options) error {
 			}
 			count := o.tunnels / callers * callers
 			t, err := timed(c, to.kind, round, int64(count), func() error { return work(c, to.host, count) })
+			if err != nil {
+				return err
+			}
 			r.Tunnels = append(r.Tunnels, t)
-			return err
+			what := "CONNECT"
+			if to.kind == "address" {
+				what += " to an address"
+			}
+			r.Add(bench.Figure{What: what + ", CPU a tunnel", Who: c.name, Unit: "s", Values: []float64{t.CPU / float64(t.Count)}})
+			r.Add(bench.Figure{What: what + ", tunnels", Who: c.name, Unit: "1/s", Values: []float64{rate(t)}})
+			return nil
 		}); err != nil {
 			return err
 		}
@@ -104,6 +115,8 @@ func (r *results) bulk(ctx context.Context, room *room, o options) error {
 					return err
 				}
 				r.Bulk = append(r.Bulk, t)
+				r.Add(bench.Figure{What: "large transfers " + kind + ", CPU", Who: c.name, Unit: "CPU-s/GB", Values: []float64{perGB(t)}})
+				r.Add(bench.Figure{What: "large transfers " + kind, Who: c.name, Unit: "B/s", Values: []float64{rate(t)}})
 			}
 			return nil
 		})
