@@ -61,6 +61,13 @@ func (r *results) idle(ctx context.Context, room *room, o options) error {
 	for _, c := range room.all {
 		r.Idle = append(r.Idle, &silence{Proxy: c.name, Asked: o.idle})
 	}
+	if r.Tunnels == nil { // what is remembered of tunnels that are over must not be taken for what silent ones cost
+		for _, c := range room.all {
+			if err := passing(room, c, cloudName, o.idle); err != nil {
+				return err
+			}
+		}
+	}
 	if err := room.collected(ctx); err != nil {
 		return err
 	}

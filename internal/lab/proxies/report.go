@@ -69,7 +69,7 @@ func (r *results) section() string {
 	var b strings.Builder
 	p := func(format string, a ...any) { fmt.Fprintf(&b, format, a...) }
 	if r.options.long() {
-		p("## The proxy, ten minutes of silence\n\n%s\n\nAll is as in the section above, of which this is the last part, held for longer.\n", r.Origin())
+		p("## The proxy, ten minutes of silence\n\n%s\n\nAll is as in the section \"The proxy\", of which this is the last part, held for longer.\n", r.Origin())
 		r.idleSection(p)
 		return b.String()
 	}
@@ -165,7 +165,7 @@ func (r *results) latencySection(p func(string, ...any)) {
 ### Added latency
 
 An exchange of %d bytes each way every %v, by one tunnel after the other, less what the same takes without a proxy (first row, as it is);
-%d turns of %v for each. Median / 99 %% within; of the turns the median.
+%d turns of %v for each. Median / 99 %% within; of the turns the median. Where others use the machine, the 99 %% are theirs: a figure below zero says so.
 
 | |`, message, pace, r.options.rounds, r.options.busy)
 	for _, n := range busyTunnels {

@@ -56,27 +56,13 @@ func (r *results) tunnels(ctx context.Context, room *room, o options) error {
 		distant.name, distant.distant = ours.name+", by its tunnel", true
 		all = append(all, &distant)
 	}
-	work := func(c *contender, host string, count int) error {
-		return room.threads(c, host, callers, func(_ int, k *caller) error {
-			for range count / callers {
-				client, server, err := k.open()
-				if err != nil {
-					return err
-				}
-				if err := finish(client, server); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-	}
 	for _, to := range []struct{ kind, host string }{{"address", room.Cloud.Addr.String()}, {"name", cloudName}} {
 		if err := each(ctx, all, o.rounds, func(round int, c *contender) error {
-			if err := work(c, to.host, 10*callers); err != nil { // names, pools, threads
+			if err := passing(room, c, to.host, 10*callers); err != nil { // names, pools, threads
 				return err
 			}
 			count := o.tunnels / callers * callers
-			t, err := timed(c, to.kind, round, int64(count), func() error { return work(c, to.host, count) })
+			t, err := timed(c, to.kind, round, int64(count), func() error { return passing(room, c, to.host, count) })
 			if err != nil {
 				return err
 			}
@@ -93,6 +79,22 @@ func (r *results) tunnels(ctx context.Context, room *room, o options) error {
 		}
 	}
 	return nil
+}
+
+// passing opens and closes so many tunnels to host.
+func passing(room *room, c *contender, host string, count int) error {
+	return room.threads(c, host, callers, func(_ int, k *caller) error {
+		for range count / callers {
+			client, server, err := k.open()
+			if err != nil {
+				return err
+			}
+			if err := finish(client, server); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 // bulk moves much down and up one tunnel.
