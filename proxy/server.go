@@ -72,6 +72,15 @@ func Listen(ctx context.Context, at netip.AddrPort) (net.Listener, error) {
 	return l, nil
 }
 
+func prepareListener(l syscall.Conn) error {
+	raw, err := l.SyscallConn()
+	if err != nil {
+		return err
+	}
+	cerr := raw.Control(func(fd uintptr) { err = prepare(int(fd)) })
+	return errors.Join(cerr, err)
+}
+
 // prepare has the kernel look after a connection's peer, and reset the connection if this process dies (see cutWithUs).
 func prepare(fd int) error {
 	seconds := func(d time.Duration) int { return int(d / time.Second) }
@@ -114,10 +123,16 @@ func compile(cfg Config) (*state, error) {
 	return &state{Config: cfg, policy: policy}, nil
 }
 
-// Run serves l, which is Listen's, until ctx ends, then resets every connection that does not go on in another process and returns nil. L is closed. A Server runs once.
+// Run serves l until ctx ends, then resets every connection that does not go on in another process and returns nil. L is closed. A Server runs once.
 func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	if c, ok := l.(syscall.Conn); ok { // it may be one that another process made
+		if err := prepareListener(c); err != nil {
+			l.Close()
+			return fmt.Errorf("proxy: %w", err)
+		}
+	}
 	closed := make(chan struct{})
 	context.AfterFunc(ctx, func() {
 		defer close(closed)
