@@ -2,6 +2,8 @@
 # make test   installs what is missing, builds, lints, runs every test
 # Both need root (namespaces, nftables) and leave nothing behind. So do
 # make bench-door   the door beside knockd, fwknop and an ipset script, six minutes; writes docs/benchmarks.md, bench/door.json
+# make bench-proxy  the proxy beside goproxy, Squid and tinyproxy, seven minutes; writes docs/benchmarks.md, bench/proxy.json, fails if a promise is broken
+# make bench-proxy-idle  10,000 silent tunnels at each of them for ten minutes; writes docs/benchmarks.md, bench/proxy-idle.json, fails if a promise is broken
 # make test-attacks the built daemon attacked with scans, odd tokens and floods, three minutes; fails if one gains anything
 # make bench-sessions  5,000 sessions, revocations and crashes among many, three minutes; writes docs/benchmarks.md, fails if a promise is broken
 # make bench-client   both kinds of tunnel over a long link, beside bare TCP, four minutes; writes docs/benchmarks.md, bench/client.json
@@ -24,13 +26,14 @@ FULL_TOOLS := $(TEST_TOOLS) chromium:chromium certutil:libnss3-tools /usr/bin/aw
 PEER_TOOLS := nft:nftables ip:iproute2 iptables:iptables ipset:ipset knockd:knockd fwknopd:fwknop-server fwknop:fwknop-client
 DEB_TOOLS := dh:debhelper dpkg-buildpackage:dpkg-dev lintian:lintian systemd-analyze:systemd
 CONTAINER_TOOLS := nft:nftables ip:iproute2 curl:curl dh:debhelper dpkg-buildpackage:dpkg-dev systemd-nspawn:systemd-container mmdebstrap:mmdebstrap
+PROXY_TOOLS := $(DEMO_TOOLS) squid:squid tinyproxy:tinyproxy
 SOAK_TOOLS := nft:nftables ip:iproute2
 IAM_TOOLS := node:nodejs npm:npm
 VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod
 CLIENT := ./cmd/knock ./cmd/vpn ./vpn ./vpn/client ./knock
 UNIT := $(GO) list ./... | grep -v -e internal/lab/e2e -e internal/lab/container
 
-.PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-door bench-sessions bench-client bench-limits bench-knock bench-connect soak deb test-container clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools soak-tools deb-tools container-tools
+.PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-door bench-proxy bench-proxy-idle bench-sessions bench-client bench-limits bench-knock bench-connect soak deb test-container clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools proxy-tools soak-tools deb-tools container-tools
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
@@ -94,6 +97,16 @@ bench:
 bench-door: peer-tools build
 	$(GO) build -o bin/lab-peers ./internal/lab/peers
 	bin/lab-peers
+
+# The proxy side by side with what it replaces. It wants an idle machine.
+bench-proxy: proxy-tools build
+	$(GO) build -o bin/lab-proxies ./internal/lab/proxies
+	bin/lab-proxies
+
+# Its last part, held for longer.
+bench-proxy-idle: proxy-tools build
+	$(GO) build -o bin/lab-proxies ./internal/lab/proxies
+	bin/lab-proxies -only idle -hold 10m -results bench/proxy-idle.json
 
 # What sessions cost, how soon a revoked one is gone, what a killed daemon does to the others. It wants an idle machine.
 bench-sessions: demo-tools build
@@ -174,6 +187,9 @@ vm-tools:
 
 peer-tools:
 	$(call install,$(PEER_TOOLS))
+
+proxy-tools:
+	$(call install,$(PROXY_TOOLS))
 
 soak-tools:
 	$(call install,$(SOAK_TOOLS))

@@ -3,9 +3,23 @@ package proxy
 import (
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"strconv"
 	"strings"
 )
+
+// Headers of what the proxy answers itself, and of nothing else. Their values, and what it says in a status line, are its own words:
+// names of reasons, and letters and digits of an id.
+const (
+	reasonHeader = "X-Perimeter-Reason"
+	idHeader     = "X-Perimeter-Id"
+)
+
+// name puts the request's id and the reason into an answer's head.
+func (a *Access) name(h http.Header) {
+	h.Set(reasonHeader, string(a.Decision.Reason))
+	h.Set(idHeader, a.ID)
+}
 
 // body is what a refused client gets to read: what was refused, why, what to do, and the id by which the operator finds it.
 func (a *Access) body(asJSON bool) (body []byte, contentType string) {

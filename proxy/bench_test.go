@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"crypto/tls"
 	"io"
 	"log/slog"
 	"net"
@@ -189,5 +190,80 @@ func TestIdleTunnelsAreCheap(t *testing.T) {
 	}
 	if fds > 2.05 {
 		t.Errorf("%.2f descriptors a tunnel, more than 2", fds)
+	}
+}
+
+// The pieces of a CONNECT that are no system calls, as they come.
+
+func BenchmarkHead(b *testing.B) {
+	head := []byte("CONNECT s3.us-east-1.amazonaws.com:443 HTTP/1.1\r\nHost: s3.us-east-1.amazonaws.com:443\r\nUser-Agent: aws-cli/2.17 md/awscrt#0.20\r\nProxy-Connection: Keep-Alive\r\n\r\n")
+	b.ReportAllocs()
+	for b.Loop() {
+		n, err := headEnd(head, 0)
+		if err != nil {
+			b.Fatal(err)
+		}
+		h, err := parseHead(head[:n])
+		if err != nil {
+			b.Fatal(err)
+		}
+		if _, err := h.destination(); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkServerName(b *testing.B) {
+	hello := hello(b, &tls.Config{ServerName: "s3.us-east-1.amazonaws.com"})
+	b.ReportAllocs()
+	for b.Loop() {
+		if name, err := serverName(hello); name == "" || err != nil {
+			b.Fatal(name, err)
+		}
+	}
+}
+
+// BenchmarkResolve asks for a name that is remembered.
+func BenchmarkResolve(b *testing.B) {
+	r, now := newResolver(), time.Now()
+	r.remember(question{"ip4", "www.lab.test"}, finding{addrs: []netip.Addr{netip.MustParseAddr(outsideHost)}, expires: now.Add(time.Hour)}, now)
+	b.ReportAllocs()
+	for b.Loop() {
+		if addrs, err := r.resolve(b.Context(), "ip4", "www.lab.test", now); len(addrs) != 1 || err != nil {
+			b.Fatal(addrs, err)
+		}
+	}
+}
+
+// BenchmarkLogLine writes the line of a tunnel.
+func BenchmarkLogLine(b *testing.B) {
+	l := newLab(b, openConfig())
+	l.Server.log = slog.New(slog.NewJSONHandler(io.Discard, nil))
+	a := l.begin(&link{who: identity{l.alice.ID, "alice", "laptop", l.alice.Groups}, source: netip.MustParseAddrPort("10.77.0.2:40000")}, "CONNECT", "")
+	a.Destination = Destination{Name: "s3.us-east-1.amazonaws.com", Port: 443}
+	a.Decision = Decision{Allow: true, Reason: Allowed, Rule: 2, TLS: true}
+	a.Status, a.Dialed, a.Up, a.Down, a.End = 200, netip.MustParseAddrPort("198.18.0.2:443"), 1500, 30000, Closed
+	b.ReportAllocs()
+	for b.Loop() {
+		l.done(a)
+	}
+}
+
+// BenchmarkShare is a look of the pacer at a thousand silent tunnels.
+func BenchmarkShare(b *testing.B) {
+	cfg := openConfig()
+	cfg.Connections, cfg.PerUserConnections, cfg.PerUserBandwidth = 1<<20, 1<<20, 100<<20
+	l := newLab(b, cfg)
+	l.Server.log = slog.New(slog.DiscardHandler)
+	l.run()
+	p := newRawPair(b, l)
+	for range 1000 {
+		client, server := p.open(b)
+		b.Cleanup(func() { unix.Close(client); unix.Close(server) })
+	}
+	st := l.state.Load()
+	b.ReportAllocs()
+	for b.Loop() {
+		l.share(st, paceEvery)
 	}
 }

@@ -56,13 +56,14 @@ func (s *Server) connect(l *link, h head, src *source) {
 		return
 	}
 	t.access, t.finish = a, s.finished
-	t.start(src, fromServer)
+	t.relay(src, fromServer)
 }
 
 // finished is for a tunnel whose sockets are closed.
 func (s *Server) finished(t *tunnel) {
 	t.access.Up, t.access.Down, t.access.End = t.up.moved.Load(), t.down.moved.Load(), t.link.why()
 	s.account(t)
+	s.settleUp(t)
 	s.done(t.access)
 	s.links.remove(t.link)
 }
@@ -151,8 +152,9 @@ func (s *Server) refuse(l *link, a *Access, h head, why Reason, err error) {
 	}
 	body, kind := a.body(h.json)
 	l.client.SetDeadline(time.Now().Add(lingerTimeout))
-	fmt.Fprintf(l.client, "HTTP/1.1 %d %s: %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nX-Perimeter-Reason: %s\r\nConnection: close\r\n\r\n",
-		status, http.StatusText(status), a.Decision.Reason, kind, len(body), a.Decision.Reason)
+	// The id is in the status line too, which is all that most clients show of an answer to CONNECT.
+	fmt.Fprintf(l.client, "HTTP/1.1 %d %s: %s, id %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n"+reasonHeader+": %s\r\n"+idHeader+": %s\r\nConnection: close\r\n\r\n",
+		status, http.StatusText(status), a.Decision.Reason, a.ID, kind, len(body), a.Decision.Reason, a.ID)
 	if h.method != http.MethodHead {
 		l.client.Write(body)
 	}

@@ -83,7 +83,10 @@ func (d *dialer) dial(ctx context.Context, p *Policy, bind netip.Addr, q Request
 		return errors.Join(cerr, err)
 	}
 	conn, err := race(ctx, judged, func(ctx context.Context, a netip.Addr) (*net.TCPConn, error) {
-		nd := net.Dialer{ControlContext: control, FallbackDelay: -1, KeepAliveConfig: keepAlive}
+		nd := net.Dialer{ControlContext: control, FallbackDelay: -1, KeepAlive: -1} // a tunnel is kept alive once it is silent
+		if q.Plain {
+			nd.KeepAliveConfig = keepAlive
+		}
 		nd.SetMultipathTCP(false)
 		if bind.IsValid() && bind.Is4() == a.Is4() {
 			nd.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(bind, 0))

@@ -2,16 +2,15 @@ package proxy
 
 import (
 	"context"
-	"maps"
 	"math"
-	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 // Bandwidth is shared by telling each sending socket how fast it may send (SO_MAX_PACING_RATE), which the kernel keeps by
-// itself: data is spliced as without a limit. Five times a second it is looked at who sends, and shared anew.
+// itself: data is spliced as without a limit. Five times a second it is looked at who sends, and shared anew. What was moved
+// beyond a limit meanwhile is owed (see bucket), whoever has closed his connection since.
 const (
 	paceEvery   = 200 * time.Millisecond
 	paceLeast   = 4 << 10   // bytes a second: with nothing at all a socket would never show that it wants to send
@@ -23,35 +22,62 @@ const (
 
 // pace is what the pacer knows of a flow. It is the link's lock's.
 type pace struct {
+	known   bool   // base and start are those of its begin, or of the time when there came to be a limit
+	base    uint64 // acked, and
+	start   int64  // moved, then
 	moved   int64  // when it was last looked at
 	acked   uint64 // the same, by the kernel's count, which goes on in a splice
 	rate    uint64 // bytes a second that the socket was told; 0: none yet
 	backlog bool   // bytes wait in the socket
 }
 
-// want is how many bytes a second the flow would like: 0 is silent, infinite is more than it gets.
-func (f *flow) want(passed time.Duration) float64 {
+// begin notes where counting begins. The client's socket may have served other requests.
+func (f *flow) begin(info *unix.TCPInfo) {
+	p, moved := &f.pace, f.moved.Load()
+	p.known, p.base, p.start, p.acked, p.moved = true, info.Bytes_acked, moved, info.Bytes_acked, moved
+}
+
+// want is how many bytes a second the flow would like, 0 is silent, infinite is more than it gets; and how many bytes it has
+// sent since it was last looked at.
+func (f *flow) want(passed time.Duration) (rate, sent float64) {
 	p := &f.pace
 	moved := f.moved.Load()
-	if moved == p.moved && !f.splicing.Load() && !p.backlog {
-		return 0
+	if p.known && moved == p.moved && !f.splicing.Load() && !p.backlog {
+		return 0, 0
 	}
 	info := tcpInfo(f.to)
 	if info == nil {
-		return 0
+		return 0, 0
 	}
-	got := float64(info.Bytes_acked-p.acked) / passed.Seconds()
+	if !p.known {
+		f.begin(info)
+	}
+	sent = float64(info.Bytes_acked - p.acked)
+	got := sent / passed.Seconds()
 	p.moved, p.acked, p.backlog = moved, info.Bytes_acked, info.Notsent_bytes > 0
 	if got >= paceHasLess*float64(p.rate) {
-		return math.Inf(1)
+		return math.Inf(1), sent
 	}
-	return max(got/paceHasLess, paceLeast)
+	return max(got/paceHasLess, paceLeast), sent
+}
+
+// rest is what a flow that has ended moved since want was asked last, or what waits in its socket to be moved.
+func (f *flow) rest() float64 {
+	p := &f.pace
+	if !p.known {
+		return 0
+	}
+	n := f.moved.Load() - p.start - int64(p.acked-p.base)
+	p.known = false
+	return float64(max(n, 0))
 }
 
 // hold tells the socket its rate, if that is another.
 func (f *flow) hold(rate float64) {
 	r, unsent := paceFreely, 0 // the system's own
-	if !math.IsInf(rate, 1) {
+	if math.IsInf(rate, 1) {
+		f.pace.known = false // nobody looks at it from now on
+	} else {
 		r, unsent = max(uint64(rate), paceLeast), paceUnsent
 	}
 	old := f.pace.rate
@@ -79,7 +105,8 @@ func bytesOf(bits uint64) float64 {
 }
 
 // divide shares a limit. Who is silent may begin with an equal part; those who send get what they want as long as the others
-// have as much, and share what is then left, to grow into. So all together never begin more than twice the limit.
+// have as much, and share what is then left, to grow into. So all together never begin more than twice the limit; what they moved of it
+// beyond the limit is owed.
 func divide(limit float64, wants []float64) (rates []float64) {
 	rates = make([]float64, len(wants))
 	sending := 0
@@ -117,15 +144,34 @@ func divide(limit float64, wants []float64) (rates []float64) {
 	return rates
 }
 
-// first gives a link's new tunnel an equal part of what its user may have, and everybody.
+// first gives a link's new tunnel a part of what its user may have, and everybody, until bandwidth is shared anew.
 func (s *Server) first(st *state, l *link) {
 	if !st.limited() && l.paced == 0 {
 		return
 	}
 	ofUser, all := s.links.counts(l.who.user)
-	rate := min(bytesOf(st.PerUserBandwidth)/float64(ofUser), bytesOf(st.Bandwidth)/float64(all))
-	l.hold((*tunnel).upward, rate)
-	l.hold((*tunnel).downward, rate)
+	for way, of := range ways {
+		rate := s.debts.begin(st, l.who.user, way, ofUser, all)
+		l.paces(of, func(f *flow) {
+			if info := tcpInfo(f.to); info != nil {
+				f.begin(info)
+			}
+			f.hold(rate) // which forgets that, if there is no limit
+		})
+	}
+}
+
+// settleUp charges what a tunnel that has ended moved last.
+func (s *Server) settleUp(t *tunnel) {
+	if !s.state.Load().limited() {
+		return
+	}
+	for way, of := range ways {
+		t.link.mu.Lock()
+		n := of(t).rest()
+		t.link.mu.Unlock()
+		s.debts.charge(t.link.who.user, way, n)
+	}
 }
 
 // pace shares bandwidth until ctx ends.
@@ -153,41 +199,56 @@ func (st *state) limited() bool { return st.Bandwidth != 0 || st.PerUserBandwidt
 // share looks at all links, and gives each its part, up and down apart.
 func (s *Server) share(st *state, passed time.Duration) {
 	byUser := map[string][]*link{}
+	var users []string
 	for _, l := range s.links.all() {
+		if byUser[l.who.user] == nil {
+			users = append(users, l.who.user)
+		}
 		byUser[l.who.user] = append(byUser[l.who.user], l)
 	}
-	users := slices.Collect(maps.Values(byUser))
-	for _, flow := range []func(*tunnel) *flow{(*tunnel).upward, (*tunnel).downward} {
+	for way, flow := range ways {
 		wants, sums := make([][]float64, len(users)), make([]float64, len(users))
-		for u, links := range users {
-			for _, l := range links {
-				w := l.want(flow, passed)
+		for u, user := range users {
+			sent := 0.0
+			for _, l := range byUser[user] {
+				w, n := l.want(flow, passed)
 				wants[u] = append(wants[u], w)
 				sums[u] += w
+				sent += n
 			}
-			sums[u] = min(sums[u], bytesOf(st.PerUserBandwidth))
+			s.debts.charge(user, way, sent)
 		}
-		for u, part := range divide(bytesOf(st.Bandwidth), sums) {
-			for i, rate := range divide(min(part, bytesOf(st.PerUserBandwidth)), wants[u]) {
-				users[u][i].hold(flow, rate)
+		s.debts.pay(st, way, passed)
+		mine := make([]float64, len(users))
+		for u, user := range users {
+			mine[u] = s.debts.allows(st, user, way)
+			sums[u] = min(sums[u], mine[u])
+		}
+		for u, part := range divide(s.debts.allowsAll(st, way), sums) {
+			for i, rate := range divide(min(part, mine[u]), wants[u]) {
+				byUser[users[u]][i].hold(flow, rate)
 			}
 		}
 	}
 }
 
-func (l *link) want(of func(*tunnel) *flow, passed time.Duration) float64 {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.tunnel == nil || l.ended != "" {
-		return 0
-	}
-	return of(l.tunnel).want(passed)
+// ways are the directions: up, down.
+var ways = [2]func(*tunnel) *flow{(*tunnel).upward, (*tunnel).downward}
+
+func (l *link) want(of func(*tunnel) *flow, passed time.Duration) (rate, sent float64) {
+	l.paces(of, func(f *flow) { rate, sent = f.want(passed) })
+	return rate, sent
 }
 
 func (l *link) hold(of func(*tunnel) *flow, rate float64) {
+	l.paces(of, func(f *flow) { f.hold(rate) })
+}
+
+// paces calls fn for the flow of a tunnel that lasts.
+func (l *link) paces(of func(*tunnel) *flow, fn func(*flow)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.tunnel != nil && l.ended == "" {
-		of(l.tunnel).hold(rate)
+		fn(of(l.tunnel))
 	}
 }

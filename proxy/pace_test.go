@@ -122,6 +122,54 @@ func TestBandwidthIsKeptBothWaysAndStaysSpliced(t *testing.T) {
 	}
 }
 
+// Each connection that begins has a part of the limit at once. Whoever opens new ones all the time has no more than the limit for it.
+func TestReconnectingGivesNoMoreBandwidth(t *testing.T) {
+	const second = 10 << 20 // bytes
+	cfg := openConfig()
+	cfg.PerUserBandwidth = second * 8
+	l := startLab(t, cfg)
+	at := serveOutside(t, outsideHost+":0", func(c *net.TCPConn) {
+		go io.Copy(io.Discard, c)
+		io.Copy(c, endless{})
+	})
+	var down atomic.Int64
+	var all sync.WaitGroup
+	read := func(c *net.TCPConn, until time.Time) {
+		c.SetReadDeadline(until)
+		b := make([]byte, 64<<10)
+		for {
+			n, err := c.Read(b)
+			if down.Add(int64(n)); err != nil {
+				c.Close()
+				return
+			}
+		}
+	}
+	began := time.Now()
+	end := began.Add(4 * time.Second)
+	stays := l.tunnel("10.77.0.2", at.String())
+	all.Go(func() { read(stays, end) })
+	for time.Now().Before(end) {
+		for range 8 {
+			c := l.tunnel("10.77.0.2", at.String())
+			all.Go(func() { read(c, time.Now().Add(150*time.Millisecond)) })
+		}
+		time.Sleep(150 * time.Millisecond)
+	}
+	all.Wait()
+	passed := time.Since(began).Seconds()
+	t.Logf("%.1f MB/s of %d MB/s", float64(down.Load())/passed/(1<<20), second>>20)
+	// What is owed at the end is what they may be ahead.
+	if most := 1.1*second*passed + 2*second*paceRepay.Seconds(); float64(down.Load()) > most {
+		t.Errorf("%d bytes in %.2f s, want at most %.0f", down.Load(), passed, most)
+	}
+	eventually(t, "nothing is owed for ever", func() bool {
+		l.debts.mu.Lock()
+		defer l.debts.mu.Unlock()
+		return len(l.debts.users) == 0
+	})
+}
+
 type endless struct{}
 
 func (endless) Read(b []byte) (int, error) { return len(b), nil }

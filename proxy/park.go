@@ -2,6 +2,8 @@ package proxy
 
 import (
 	"fmt"
+	"math/rand/v2"
+	"net"
 	"os"
 	"sync"
 	"syscall"
@@ -67,6 +69,9 @@ func (p *parking) enter(f *flow) bool {
 	p.flows[ticket] = f
 	f.quiet.Store(true)
 	p.mu.Unlock()
+	if operation == unix.EPOLL_CTL_ADD {
+		f.src.conn.SetKeepAliveConfig(apart()) // who talks has no need of it, and most tunnels never come here
+	}
 	// Once: what else comes is for who runs it then. A socket that is closed leaves the list by itself.
 	event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLONESHOT, Fd: int32(uint32(ticket)), Pad: int32(uint32(ticket >> 32))}
 	var failed error
@@ -80,6 +85,15 @@ func (p *parking) enter(f *flow) bool {
 	}
 	// Closed meanwhile, or the kernel has no room: it goes on by itself, unless somebody has been faster.
 	return p.take(ticket) == nil
+}
+
+// apart is keepAlive, from a time that others do not share. Tunnels that began at once, as after a restart, would be asked at once:
+// the kernel has one tick for what is due within two seconds. A thousand fit the queue of a device (netdev_max_backlog); the
+// rest would be lost, in step with each other time after time, and the tunnels be taken for dead.
+func apart() net.KeepAliveConfig {
+	c := keepAlive
+	c.Idle += rand.N(keepAlive.Idle)
+	return c
 }
 
 // take is the flow with this ticket, if it is parked; then it is the caller's to run.

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"perimeterd/internal/session"
+
+	"golang.org/x/sys/unix"
 )
 
 // rest sends who is silent to the parking, as the sweep does.
@@ -186,4 +188,33 @@ func TestParkingLosesNothing(t *testing.T) {
 		})
 	}
 	all.Wait()
+}
+
+// Kept alive in step, thousands of tunnels that began at once would overrun a queue of the kernel, be unheard, and be reset.
+func TestParkedTunnelsAreKeptAliveApart(t *testing.T) {
+	l := startLab(t, openConfig())
+	at := serveOutside(t, outsideHost+":0", func(c *net.TCPConn) { io.Copy(c, c) })
+	l.parked(20, at.String())
+	times := map[int]int{}
+	for _, link := range l.links.all() {
+		for _, c := range []*net.TCPConn{link.client, link.tunnel.server} {
+			raw, err := c.SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := raw.Control(func(fd uintptr) {
+				on, err1 := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE)
+				seconds, err2 := unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_KEEPIDLE)
+				if on != 1 || seconds < 60 || seconds > 120 || err1 != nil || err2 != nil {
+					t.Errorf("kept alive: %d, after %d s of silence: %v, %v", on, seconds, err1, err2)
+				}
+				times[seconds]++
+			}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if len(times) < 8 {
+		t.Errorf("40 directions share %d times: %v", len(times), times)
+	}
 }

@@ -138,7 +138,7 @@ func (p *plain) serve(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Connection", "close")
 		}
 		w.Header().Set("Content-Type", kind)
-		w.Header().Set("X-Perimeter-Reason", string(a.Decision.Reason))
+		a.name(w.Header())
 		w.WriteHeader(status)
 		w.Write(body)
 	}
@@ -163,6 +163,7 @@ func (p *plain) serve(w http.ResponseWriter, r *http.Request) {
 		}
 		a.Up, a.Down, a.End = t.up.moved.Load(), t.down.moved.Load(), l.why()
 		s.account(t)
+		s.settleUp(t)
 		s.done(a)
 		if x.bare {
 			s.links.remove(l)
@@ -206,8 +207,11 @@ func (p *plain) roundTrip(r *http.Request, _ *goproxy.ProxyCtx) (*http.Response,
 		x.access.Decision.Reason, x.access.Detail = why, err.Error()
 		body, kind := x.access.body(x.json)
 		resp = goproxy.NewResponse(r, kind, why.Status(), string(body))
-		resp.Header.Set("X-Perimeter-Reason", string(why))
+		x.access.name(resp.Header)
 		resp.Header.Set("Connection", "close")
+	} else {
+		resp.Header.Del(reasonHeader) // an origin does not speak for the proxy
+		resp.Header.Del(idHeader)
 	}
 	x.access.Status = resp.StatusCode
 	if x.bare = resp.StatusCode == http.StatusSwitchingProtocols; x.bare {

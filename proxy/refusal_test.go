@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -30,6 +31,42 @@ func ask(t testing.TB, c *net.TCPConn, raw string) (status int, body string) {
 	}
 	b, _ := io.ReadAll(resp.Body)
 	return resp.StatusCode, string(b)
+}
+
+// Curl, Go and Python show no body of an answer to CONNECT, but its status line or its headers.
+func TestARefusalIsNamedInItsHead(t *testing.T) {
+	l := startLab(t, openConfig())
+	plain := regexp.MustCompile(`^[A-Z2-7]{10}$`) // whatever the client wrote
+	for _, raw := range []string{
+		"CONNECT 169.254.169.254:80 HTTP/1.1\r\nHost: 169.254.169.254:80\r\n\r\n",
+		"CONNECT \x1b[2J%0d%0aX-Evil:1 HTTP/1.1\r\n\r\n",
+		"CONNECT a\tb HTTP/1.1\r\nHost: a\r\n\r\n",
+		"GET http://169.254.169.254/ HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n",
+	} {
+		c := l.from("10.77.0.2")
+		io.WriteString(c, raw)
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := l.next()
+		id, why := resp.Header.Get("X-Perimeter-Id"), resp.Header.Get("X-Perimeter-Reason")
+		if id != a.ID || !plain.MatchString(id) || why != string(a.Decision.Reason) {
+			t.Errorf("%q: id %q, reason %q, logged %+v", raw, id, why, a)
+		}
+		if want := strconv.Itoa(a.Status) + " " + http.StatusText(a.Status) + ": " + why + ", id " + id; strings.HasPrefix(raw, "CONNECT") && resp.Status != want {
+			t.Errorf("%q: status line %q, want %q", raw, resp.Status, want)
+		}
+	}
+	host, _ := origin(t, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("X-Perimeter-Reason", "allowed")
+		w.Header().Set("X-Perimeter-Id", "AAAAAAAAAA")
+	})
+	c := l.from("10.77.0.2")
+	io.WriteString(c, "GET http://"+host+"/ HTTP/1.1\r\nHost: "+host+"\r\n\r\n")
+	if resp, err := http.ReadResponse(bufio.NewReader(c), nil); err != nil || resp.StatusCode != 200 || resp.Header.Get("X-Perimeter-Id")+resp.Header.Get("X-Perimeter-Reason") != "" {
+		t.Errorf("an origin speaks for the proxy: %v, %v", resp, err)
+	}
 }
 
 func TestRefusals(t *testing.T) {

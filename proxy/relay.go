@@ -172,7 +172,7 @@ func (f *flow) untold() int64 {
 	return n
 }
 
-// pump copies until the end of the stream, and hands the end on. It returns errDisturbed when it waited and was disturbed, and
+// pump copies until the end of the stream, which it leaves to be handed on. It returns errDisturbed when it waited and was disturbed, and
 // may be called again.
 func (f *flow) pump() error {
 	src, dst := f.src, f.to
@@ -183,9 +183,6 @@ func (f *flow) pump() error {
 			return errHalted
 		}
 		if err := src.wait(); err == io.EOF {
-			if err := dst.CloseWrite(); err != nil {
-				return errWrite{err}
-			}
 			return nil
 		} else if errors.Is(err, os.ErrDeadlineExceeded) {
 			if err = src.conn.SetReadDeadline(time.Time{}); err == nil {
@@ -260,13 +257,24 @@ func newTunnel(l *link, server *net.TCPConn) *tunnel {
 func (t *tunnel) upward() *flow   { return &t.up }
 func (t *tunnel) downward() *flow { return &t.down }
 
-// start relays. Each direction has a goroutine of its own, whose stack stays small, until it is silent and parks. Whichever
+// start relays. Each direction has a goroutine of its own, whose stack stays small, until it is silent and parks, or ends. Whichever
 // is last calls finish.
 func (t *tunnel) start(fromClient, fromServer *source) {
-	t.up.src, t.down.src = fromClient, fromServer
-	t.left.Store(2)
+	t.prepare(fromClient, fromServer)
 	go t.up.run()
 	go t.down.run()
+}
+
+// relay is start with the caller's goroutine for the way up. It may return early.
+func (t *tunnel) relay(fromClient, fromServer *source) {
+	t.prepare(fromClient, fromServer)
+	go t.down.run()
+	t.up.run()
+}
+
+func (t *tunnel) prepare(fromClient, fromServer *source) {
+	t.up.src, t.down.src = fromClient, fromServer
+	t.left.Store(2)
 }
 
 // rest sends directions that have moved nothing since the last time to the parking.
@@ -303,7 +311,11 @@ func (f *flow) run() {
 		}
 		if err == nil {
 			f.past = true
-			t.ended.Add(1)
+			if t.ended.Add(1) < 2 { // closing the link hands the second end on
+				if err = f.to.CloseWrite(); err != nil {
+					err = errWrite{err}
+				}
+			}
 		}
 	}
 	if err == nil {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -44,6 +45,7 @@ type Server struct {
 	dialer   *dialer
 	links    *registry
 	arriving atomic.Int64 // connections that are no link yet
+	debts    *debts
 	buffers  *sync.Pool
 	parking  *parking
 	plain    *plain
@@ -55,15 +57,44 @@ type state struct {
 	policy *Policy
 }
 
-// Listen opens the proxy's listener. Multipath TCP is off: such sockets cannot be spliced.
+// Listen opens the proxy's listener. Multipath TCP is off: such sockets cannot be spliced. What every connection is to have, the
+// listening socket has: a connection takes it over from there, where asking for it would be five calls to the kernel each.
 func Listen(ctx context.Context, at netip.AddrPort) (net.Listener, error) {
-	lc := net.ListenConfig{KeepAliveConfig: keepAlive}
+	lc := net.ListenConfig{KeepAlive: -1, Control: func(_, _ string, c syscall.RawConn) (err error) {
+		cerr := c.Control(func(fd uintptr) { err = prepare(int(fd)) })
+		return errors.Join(cerr, err)
+	}}
 	lc.SetMultipathTCP(false)
 	l, err := lc.Listen(ctx, "tcp", at.String())
 	if err != nil {
 		return nil, fmt.Errorf("proxy.port %d: %w: is the tunnel device up, and no other proxy on %v?", at.Port(), err, at.Addr())
 	}
 	return l, nil
+}
+
+func prepareListener(l syscall.Conn) error {
+	raw, err := l.SyscallConn()
+	if err != nil {
+		return err
+	}
+	cerr := raw.Control(func(fd uintptr) { err = prepare(int(fd)) })
+	return errors.Join(cerr, err)
+}
+
+// prepare has the kernel look after a connection's peer, and reset the connection if this process dies (see cutWithUs).
+func prepare(fd int) error {
+	seconds := func(d time.Duration) int { return int(d / time.Second) }
+	for _, o := range []struct{ level, option, value int }{
+		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, seconds(keepAlive.Idle)},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, seconds(keepAlive.Interval)},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepAlive.Count},
+	} {
+		if err := unix.SetsockoptInt(fd, o.level, o.option, o.value); err != nil {
+			return os.NewSyscallError("setsockopt", err)
+		}
+	}
+	return os.NewSyscallError("setsockopt", unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}))
 }
 
 // New makes a proxy that Run will serve. It refuses a configuration that makes no sense.
@@ -73,7 +104,7 @@ func New(cfg Config, sessions Sessions, log *slog.Logger) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{
-		sessions: sessions, log: log, lines: quota.New[string](quota.Every, quota.Burst), dialer: newDialer(), links: newRegistry(),
+		sessions: sessions, log: log, lines: quota.New[string](quota.Every, quota.Burst), dialer: newDialer(), links: newRegistry(), debts: &debts{users: map[string]*bucket{}},
 		buffers: &sync.Pool{New: func() any { b := make([]byte, bufferSize); return &b }},
 	}
 	if s.parking, err = newParking(); err != nil {
@@ -96,6 +127,12 @@ func compile(cfg Config) (*state, error) {
 func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	if c, ok := l.(syscall.Conn); ok { // it may be one that another process made
+		if err := prepareListener(c); err != nil {
+			l.Close()
+			return fmt.Errorf("proxy: %w", err)
+		}
+	}
 	closed := make(chan struct{})
 	context.AfterFunc(ctx, func() {
 		defer close(closed)
@@ -192,7 +229,6 @@ func (s *Server) serve(c *net.TCPConn) {
 
 // admit ties a connection to the session that holds its address. It returns nil when there is none.
 func (s *Server) admit(c *net.TCPConn) *link {
-	cutWithUs(c)
 	l := &link{source: remote(c), client: c, began: time.Now()}
 	holder, ok := s.sessions.ByAddress(l.source.Addr())
 	if !ok {

@@ -33,7 +33,11 @@ func serverName(b []byte) (string, error) {
 			return "", errNotTLS
 		}
 		part := r[:min(len(r), int(length))]
-		hello = append(hello, part...)
+		if hello == nil {
+			hello = part[:len(part):len(part)] // nearly always the whole
+		} else {
+			hello = append(hello, part...)
+		}
 		s = r[len(part):]
 		if len(hello) > 0 && hello[0] != 1 {
 			return "", errNotTLS

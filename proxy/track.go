@@ -173,7 +173,7 @@ func (l *link) stale(now time.Time, idle, lifetime time.Duration) Reason {
 }
 
 // cutWithUs makes the kernel reset c if this process dies: with FIN, half of a file would look like the whole. It is to be
-// closed by finish then, or what is queued is lost.
+// closed by finish then, or what is queued is lost. Clients' connections are made so by Listen.
 func cutWithUs(c *net.TCPConn) { c.SetLinger(0) }
 
 // finish closes c after what is queued.

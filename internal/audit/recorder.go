@@ -15,8 +15,9 @@ import (
 )
 
 const (
-	queueSize = 8192 // records that wait for the disk
-	batchSize = 512  // records of one write
+	queueSize = 8192                 // records that wait for the disk
+	batchSize = 512                  // records of one write
+	batchWait = 5 * time.Millisecond // for more of them: each write asks the file system for room first
 	syncEvery = time.Second
 	headEvery = time.Hour
 )
@@ -166,6 +167,9 @@ func (r *Recorder) Run(ctx context.Context) error {
 	for {
 		select {
 		case a := <-r.queue:
+			if !a.urgent() {
+				time.Sleep(batchWait)
+			}
 			p.write(r.batch(a))
 		case now := <-sync.C:
 			p.tick(now)
