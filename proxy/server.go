@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -341,6 +342,7 @@ func (s *Server) Reload(cfg Config) error {
 
 // sweep ends what has been silent, or has lived, for too long, counts what has moved, and parks what has not.
 func (s *Server) sweep(ctx context.Context) {
+	var memory reclaim
 	for {
 		st := s.state.Load()
 		// Often enough that a limit is exceeded by an eighth, and by five seconds at most.
@@ -351,7 +353,8 @@ func (s *Server) sweep(ctx context.Context) {
 		case <-time.After(max(min(pause, 5*time.Second), 10*time.Millisecond)):
 		}
 		now := time.Now()
-		for _, l := range s.links.all() {
+		links := s.links.all()
+		for _, l := range links {
 			if why := l.stale(now, st.Idle, st.Lifetime); why != "" {
 				l.end(why)
 			}
@@ -359,6 +362,9 @@ func (s *Server) sweep(ctx context.Context) {
 				s.account(t)
 				t.rest()
 			}
+		}
+		if memory.due(len(links), now) {
+			debug.FreeOSMemory()
 		}
 	}
 }
