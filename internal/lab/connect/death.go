@@ -60,7 +60,7 @@ func (r *report) deaths(ctx context.Context) error {
 		return err
 	}
 	p := &pauses{}
-	c := s.curl(ctx, fmt.Sprintf("https://%s/bytes/%d", cloudName, int64(1)<<40))
+	c := s.curl(ctx, ourProxy, fmt.Sprintf("https://%s/bytes/%d", cloudName, int64(1)<<40))
 	c.Stdout = p
 	if err := c.Start(); err != nil {
 		return err
