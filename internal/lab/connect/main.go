@@ -64,18 +64,20 @@ func measure(ctx context.Context, runs, rounds int, span time.Duration, parts []
 	}
 	r := &report{Run: run}
 	fmt.Println(r.Machine())
-	for _, part := range []string{"time", "loss", "death", "speed"} {
-		if slices.Contains(parts, part) {
-			if err := all[part](ctx, r); err != nil {
-				return err
-			}
+	for _, part := range []string{"time", "speed", "death", "loss"} {
+		if !slices.Contains(parts, part) {
+			continue
+		}
+		before := len(r.Figures)
+		if err := all[part](ctx, r); err != nil {
+			return fmt.Errorf("%s: %w", part, err)
+		}
+		for _, f := range r.Figures[before:] {
+			fmt.Printf("%s, %s, at %g: median %.4g %s of %d\n", f.What, f.Who, f.At, bench.Quantile(f.Values, 0.5), f.Unit, len(f.Values))
 		}
 	}
 	r.End()
 	if len(parts) < len(all) {
-		for _, f := range r.Figures {
-			fmt.Printf("%s, %s, at %g: median %.4g %s of %d\n", f.What, f.Who, f.At, bench.Quantile(f.Values, 0.5), f.Unit, len(f.Values))
-		}
 		return nil
 	}
 	sections := []string{r.laptop(), r.section()}
