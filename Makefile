@@ -97,7 +97,7 @@ bench-go:
 	$(GO) test -run '^$$' -bench . -benchmem $$($(UNIT))
 
 # One at a time, since each wants the machine; one that fails does not keep the others from being measured.
-BENCHES := bench-limits bench-door bench-connect bench-client bench-sessions
+BENCHES := bench-limits bench-door bench-connect bench-proxy bench-client bench-sessions
 bench:
 	@failed=(); for b in $(BENCHES); do $(MAKE) "$$b" || failed+=("$$b"); done; \
 	$(GO) run ./internal/lab/summary; \

@@ -71,7 +71,7 @@ servers and cloud share the machine.
 	fmt.Fprintf(&b, `
 In round trips: what is added between %v and %v, by the length that is added.
 
-TCP through the tunnel alone, no delay: median (lowest, highest), MB/s; the CPU is of the server's process, at one flow down.
+TCP through the tunnel alone, no delay: median (lowest, highest), MB/s; the CPU is of the process, at one flow, down if nothing is said.
 
 | | %s | %s | %s | %s |
 |---|---|---|---|---|
@@ -80,9 +80,9 @@ TCP through the tunnel alone, no delay: median (lowest, highest), MB/s; the CPU 
 		v := r.values(what, who, 0)
 		return fmt.Sprintf(format+" ("+format+", "+format+")", bench.Quantile(v, 0.5)/unit, bench.Quantile(v, 0)/unit, bench.Quantile(v, 1)/unit)
 	}
-	for _, what := range []string{oneDown, oneUp, eightDown, eightUp, serverCPU} {
+	for _, what := range []string{oneDown, oneUp, eightDown, eightUp, serverCPU, clientCPU, serverCPU + uploading, clientCPU + uploading} {
 		unit, format, label := 1e6, "%.0f", what
-		if what == serverCPU {
+		if strings.Contains(what, "CPU") {
 			unit, format, label = 1, "%.2f", what+", s/GB"
 		}
 		fmt.Fprintf(&b, "| %s |", label)

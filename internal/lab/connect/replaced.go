@@ -130,6 +130,9 @@ func (s *stage) replace(ctx context.Context) (*replaced, error) {
 func (r *replaced) openvpn(ctx context.Context, ns *lab.Namespace, name, direction string, args ...string) (*lab.Cmd, error) {
 	c := ns.Command(context.WithoutCancel(ctx), "openvpn", append(args, "--ca", r.pki.Path("ca.crt"), "--cert", r.pki.Path("issued/"+name+".crt"),
 		"--key", r.pki.Path("private/"+name+".key"), "--tls-auth", r.secret, direction)...)
+	if ns == r.stage.Client {
+		c.SysProcAttr.Setpgid, c.SysProcAttr.Setsid = false, true // as every client here: see plain
+	}
 	out, err := c.StdoutPipe()
 	if err != nil {
 		return nil, err
