@@ -36,7 +36,7 @@ VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod
 CLIENT := ./cmd/knock ./cmd/vpn ./vpn ./vpn/client ./knock
 UNIT := $(GO) list ./... | grep -v -e internal/lab/e2e -e internal/lab/container
 
-.PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-go bench-door bench-proxy bench-proxy-idle bench-sessions bench-client bench-limits bench-knock bench-connect soak deb test-container clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools proxy-tools soak-tools connect-tools deb-tools container-tools
+.PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-go bench-door bench-proxy bench-proxy-idle bench-sessions bench-client bench-limits bench-knock bench-connect bench-summary soak deb test-container clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools proxy-tools soak-tools connect-tools deb-tools container-tools
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
@@ -100,8 +100,11 @@ bench-go:
 BENCHES := bench-limits bench-door bench-connect bench-proxy bench-client bench-sessions
 bench:
 	@failed=(); for b in $(BENCHES); do $(MAKE) "$$b" || failed+=("$$b"); done; \
-	$(GO) run ./internal/lab/summary; \
+	$(MAKE) bench-summary; \
 	[ $${#failed[@]} = 0 ] || { echo "failed: $${failed[*]}" >&2; exit 1; }
+
+bench-summary:
+	$(GO) run ./internal/lab/summary
 
 # The door side by side with what it replaces. It writes a table; no build depends on it.
 bench-door: peer-tools build
