@@ -10,7 +10,9 @@
 # make bench-limits   what the machine can do without us, half a minute; writes docs/benchmarks.md
 # make test-iam     our evaluator of IAM policies against an independent one from npm, 10,000 cases, half a minute
 # make bench-knock  3,000 knocks over a link with two receive queues, a minute; fails if one of our client's was lost
-# make bench-connect  time to a tunnel and to the first byte, cold and warm, with losses; the tunnel beside wireguard-go; eight minutes; writes docs/benchmarks.md
+# make bench-connect  time to a tunnel and to the first byte, cold and warm, and what they carry, beside ipset + OpenVPN + Squid and wireguard-go; with losses; ten minutes; writes docs/benchmarks.md, bench/connect.json
+# make bench        all that is measured beside others, one after the other, and a table of it; half an hour; writes docs/benchmarks.md, bench/results.json, docs/plots
+# make bench-go     Go's micro-benchmarks
 # make deb          the Debian packages, built twice and compared, under lintian; in bin/deb
 # make test-container  the packages installed, upgraded, killed and purged in a Debian with systemd; part of make test
 # make soak         100,000 knocks at the running daemon, ten minutes; fails if anything grows
@@ -27,13 +29,14 @@ PEER_TOOLS := nft:nftables ip:iproute2 iptables:iptables ipset:ipset knockd:knoc
 DEB_TOOLS := dh:debhelper dpkg-buildpackage:dpkg-dev lintian:lintian systemd-analyze:systemd
 CONTAINER_TOOLS := nft:nftables ip:iproute2 curl:curl dh:debhelper dpkg-buildpackage:dpkg-dev systemd-nspawn:systemd-container mmdebstrap:mmdebstrap
 PROXY_TOOLS := $(DEMO_TOOLS) squid:squid tinyproxy:tinyproxy
+CONNECT_TOOLS := nft:nftables ip:iproute2 curl:curl wg:wireguard-tools iptables:iptables ipset:ipset knock:knockd openvpn:openvpn squid:squid make-cadir:easy-rsa openssl:openssl
 SOAK_TOOLS := nft:nftables ip:iproute2
 IAM_TOOLS := node:nodejs npm:npm
 VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod
 CLIENT := ./cmd/knock ./cmd/vpn ./vpn ./vpn/client ./knock
 UNIT := $(GO) list ./... | grep -v -e internal/lab/e2e -e internal/lab/container
 
-.PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-door bench-proxy bench-proxy-idle bench-sessions bench-client bench-limits bench-knock bench-connect soak deb test-container clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools proxy-tools soak-tools deb-tools container-tools
+.PHONY: build demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-go bench-door bench-proxy bench-proxy-idle bench-sessions bench-client bench-limits bench-knock bench-connect bench-summary soak deb test-container clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools proxy-tools soak-tools connect-tools deb-tools container-tools
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
@@ -90,8 +93,18 @@ fuzz:
 test-iam: iam-tools
 	$(GO) run ./internal/lab/iamsim -cases 10000
 
-bench:
+bench-go:
 	$(GO) test -run '^$$' -bench . -benchmem $$($(UNIT))
+
+# One at a time, since each wants the machine; one that fails does not keep the others from being measured.
+BENCHES := bench-limits bench-door bench-connect bench-proxy bench-client bench-sessions
+bench:
+	@failed=(); for b in $(BENCHES); do $(MAKE) "$$b" || failed+=("$$b"); done; \
+	$(MAKE) bench-summary; \
+	[ $${#failed[@]} = 0 ] || { echo "failed: $${failed[*]}" >&2; exit 1; }
+
+bench-summary:
+	$(GO) run ./internal/lab/summary
 
 # The door side by side with what it replaces. It writes a table; no build depends on it.
 bench-door: peer-tools build
@@ -128,8 +141,8 @@ bench-knock: soak-tools build
 	$(GO) build -o bin/lab-overtake ./internal/lab/overtake
 	bin/lab-overtake
 
-# From `vpn up` to a tunnel and a page. It wants an idle machine.
-bench-connect: test-tools build
+# From `vpn up` to a tunnel and a page, and what they carry. It wants an idle machine.
+bench-connect: connect-tools build
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/wireguard-go golang.zx2c4.com/wireguard
 	$(GO) build -o bin/lab-connect ./internal/lab/connect
 	bin/lab-connect
@@ -190,6 +203,9 @@ peer-tools:
 
 proxy-tools:
 	$(call install,$(PROXY_TOOLS))
+
+connect-tools:
+	$(call install,$(CONNECT_TOOLS))
 
 soak-tools:
 	$(call install,$(SOAK_TOOLS))

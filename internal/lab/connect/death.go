@@ -3,9 +3,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -60,8 +60,9 @@ func (r *report) deaths(ctx context.Context) error {
 		return err
 	}
 	p := &pauses{}
-	c := s.curl(ctx, fmt.Sprintf("https://%s/bytes/%d", cloudName, int64(1)<<40))
-	c.Stdout = p
+	var complaint bytes.Buffer
+	c := s.curl(ctx, ourProxy, "--max-time", "300", fmt.Sprintf("https://%s/bytes/%d", cloudName, int64(1)<<40))
+	c.Stdout, c.Stderr = p, &complaint
 	if err := c.Start(); err != nil {
 		return err
 	}
@@ -73,7 +74,7 @@ func (r *report) deaths(ctx context.Context) error {
 		case <-time.After(d):
 			return nil
 		case <-ended:
-			return errors.New("the download broke off")
+			return fmt.Errorf("the download broke off: %s", complaint.String())
 		case <-ctx.Done():
 			return ctx.Err()
 		}

@@ -1,9 +1,9 @@
 //go:build linux
 
 // Command connect measures what a person waits for: from `vpn up` to a tunnel and to the first byte of an HTTPS page, with nothing
-// kept and with a session that stands, on links of several lengths, with each packet of the exchange lost once; how long a
-// download stands still when UDP dies; and how fast the tunnel is beside wireguard-go's own program. `make bench-connect` runs it
-// as root; it ends by itself and leaves nothing but its results.
+// kept and with a session that stands, on links of several lengths, beside the stack that this replaces; the same with each packet
+// of the exchange lost once; how long a download stands still when UDP dies; and how fast the tunnel is beside wireguard-go's own
+// program and OpenVPN. `make bench-connect` runs it as root; it ends by itself and leaves nothing but its results.
 package main
 
 import (
@@ -29,53 +29,60 @@ const limit = 14 * time.Minute
 const cloudName = "s3.us-east-1.amazonaws.com"
 
 func main() {
-	runs := flag.Int("runs", 11, "how often each way to connect is taken on each link")
+	runs := flag.Int("runs", 5, "how often each way to connect is taken on each link")
+	rounds := flag.Int("rounds", 3, "how often each transfer is measured, in turn")
+	span := flag.Duration("span", 1500*time.Millisecond, "how long each transfer is measured once it flows")
 	only := flag.String("only", "time,loss,death,speed", "`PARTS` to measure; only all of them are written")
 	results := flag.String("results", "bench/connect.json", "`FILE` for the raw numbers")
-	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose section \"Connecting\" is written")
+	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose sections \"From a cold laptop\" and \"Connecting\" are written")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	if err := measure(ctx, *runs, strings.Split(*only, ","), *results, *doc); err != nil {
+	if err := measure(ctx, *runs, *rounds, *span, strings.Split(*only, ","), *results, *doc); err != nil {
 		fmt.Fprintln(os.Stderr, "bench-connect:", err)
 		os.Exit(1)
 	}
 }
 
-func measure(ctx context.Context, runs int, parts []string, results, doc string) error {
+func measure(ctx context.Context, runs, rounds int, span time.Duration, parts []string, results, doc string) error {
 	all := map[string]func(context.Context, *report) error{
 		"time":  func(ctx context.Context, r *report) error { return r.times(ctx, runs) },
 		"loss":  func(ctx context.Context, r *report) error { return r.losses(ctx) },
 		"death": func(ctx context.Context, r *report) error { return r.deaths(ctx) },
-		"speed": func(ctx context.Context, r *report) error { return r.speeds(ctx) },
+		"speed": func(ctx context.Context, r *report) error { return r.speeds(ctx, rounds, span) },
 	}
 	for _, part := range parts {
 		if all[part] == nil {
 			return fmt.Errorf("-only %q: want time, loss, death, speed", part)
 		}
 	}
-	run, err := bench.Begin(ctx, "make bench-connect")
+	run, err := bench.Begin(ctx, "make bench-connect", "openvpn", "squid", "iptables", "ipset", "knockd", "curl")
 	if err != nil {
 		return err
 	}
 	r := &report{Run: run}
 	fmt.Println(r.Machine())
-	for _, part := range []string{"time", "loss", "death", "speed"} {
-		if slices.Contains(parts, part) {
-			if err := all[part](ctx, r); err != nil {
-				return err
-			}
+	for _, part := range []string{"time", "speed", "death", "loss"} {
+		if !slices.Contains(parts, part) {
+			continue
+		}
+		before := len(r.Figures)
+		if err := all[part](ctx, r); err != nil {
+			return fmt.Errorf("%s: %w", part, err)
+		}
+		for _, f := range r.Figures[before:] {
+			fmt.Printf("%s, %s, at %g: median %.4g %s of %d\n", f.What, f.Who, f.At, bench.Quantile(f.Values, 0.5), f.Unit, len(f.Values))
 		}
 	}
 	r.End()
-	section := r.section()
-	fmt.Printf("\n%s", section)
 	if len(parts) < len(all) {
 		return nil
 	}
-	return errors.Join(bench.Write(results, r.Run), bench.WriteSection(doc, section))
+	sections := []string{r.laptop(), r.section()}
+	fmt.Printf("\n%s", strings.Join(sections, "\n"))
+	return errors.Join(bench.Write(results, r.Run), bench.WriteSection(doc, sections[0]), bench.WriteSection(doc, sections[1]))
 }
 
 // report is what was measured, and in rows.
@@ -97,9 +104,7 @@ func (r *report) section() string {
 
 %s
 
-From the start of the command `+"`vpn up`"+` to its return, and on to the first byte of an HTTPS page that stock curl fetches through the
-proxy, on a link that holds every packet for half the round trip. Cold: knock, TCP, TLS 1.3, a request with WireGuard's initiation
-in it. Warm: the session of before stands, and knock and initiation leave in one flight. Client, gate and cloud share the machine.
+What losses cost: each packet of `+"`vpn up`"+` lost once, cold and warm, as in "From a cold laptop"; and UDP that dies under a download.
 
 | | |
 |---|---|
@@ -180,7 +185,10 @@ func output(c *lab.Cmd) (string, error) {
 	return string(out), nil
 }
 
-// curl prepares stock curl through the proxy.
-func (s *stage) curl(ctx context.Context, args ...string) *lab.Cmd {
-	return s.alice.Command(ctx, "curl", append([]string{"-sS", "--max-time", "60", "--cacert", s.cloud.CAFile, "--proxy", "http://10.77.0.1:3128"}, args...)...)
+// ourProxy is the daemon's.
+const ourProxy = "http://10.77.0.1:3128"
+
+// curl prepares stock curl through a proxy.
+func (s *stage) curl(ctx context.Context, proxy string, args ...string) *lab.Cmd {
+	return s.alice.Command(ctx, "curl", append([]string{"-sS", "--max-time", "60", "--cacert", s.cloud.CAFile, "--proxy", proxy}, args...)...)
 }

@@ -11,8 +11,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -20,42 +21,58 @@ import (
 	"perimeterd/internal/lab/bench"
 )
 
-// speedPort is where the bastion sends bytes for ever.
+// speedPort is where the servers' hosts and the cloud send and take bytes.
 const speedPort = 5201
 
 // plainNames are the devices of wireguard-go's own program, which share a directory of sockets.
 var plainNames = [...]string{"plains", "plainc"}
 
-// directions are by the byte that asks the bastion for them.
-var directions = []struct {
-	name string
-	ask  byte
-}{{"download", 'd'}, {"upload", 'u'}}
-
-// through is a tunnel and the programs at its ends.
-type through struct {
-	who, address   string
-	server, client int // process IDs
-}
-
-// pace is what a tunnel did: bytes a second, and the processor seconds a gigabyte that its ends took.
-type pace struct{ rate, server, client float64 }
-
-// rounds are as many as short ones need that another load on the machine falls on both ways alike.
+// Who is measured.
 const (
-	rounds  = 10
-	warming = 300 * time.Millisecond
-	timed   = 1200 * time.Millisecond
+	ours      = "perimeterd"
+	oursAlone = "perimeterd, tunnel alone"
+	plainWG   = "wireguard-go"
+	vpnTCP    = "OpenVPN"
+	vpnUDP    = "OpenVPN, GCM over UDP"
+	stack     = "ipset + OpenVPN + Squid"
 )
 
-// speeds is TCP through our tunnel and through one of wireguard-go's own program, in turn, each way. What its processes take is
-// moved less by what else runs on the machine.
-func (r *report) speeds(ctx context.Context) error {
+// What is measured.
+const (
+	oneDown   = "tunnel, one flow, download"
+	oneUp     = "tunnel, one flow, upload"
+	eightDown = "tunnel, eight flows, download"
+	eightUp   = "tunnel, eight flows, upload"
+	serverCPU = "tunnel, server's CPU"
+	clientCPU = "tunnel, client's CPU"
+	uploading = ", upload" // follows those two
+	throughIt = "download through tunnel and proxy"
+)
+
+// load is one kind of transfer.
+type load struct {
+	flows int
+	word  string // that asks the source for it
+}
+
+var loads = map[string]load{oneDown: {1, "d"}, oneUp: {1, "u"}, eightDown: {8, "d"}, eightUp: {8, "u"}, throughIt: {1, "d"}}
+
+// carrier is a way to a source of bytes.
+type carrier struct {
+	who    string
+	dial   func(context.Context) (net.Conn, error)
+	server int // its process, whose CPU is counted, as is the client's; 0: not
+	client int
+}
+
+// speeds is TCP through each tunnel alone, and through tunnel and proxy, in turn.
+func (r *report) speeds(ctx context.Context, rounds int, span time.Duration) error {
 	bin, err := lab.Bin("wireguard-go")
 	if err != nil {
 		return err
 	}
-	s, err := open(ctx, lab.Options{}, lab.Setting{Key: "keepalive", Value: fmt.Sprintf("\"25s\"\n[[tunnel.service]]\nport = %d\ngroups = [\"*\"]", speedPort)})
+	s, err := open(ctx, lab.Options{}, lab.Setting{Key: "keepalive", Value: fmt.Sprintf("\"25s\"\n[[tunnel.service]]\nport = %d\ngroups = [\"*\"]\n"+
+		"[[proxy.rule]]\nallow = [\"198.19.1.2/32\"]\nports = [%[1]d]\ngroups = [\"operators\"]", speedPort)})
 	if err != nil {
 		return err
 	}
@@ -76,61 +93,83 @@ func (r *report) speeds(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	l, err := s.Bastion.Listen("tcp", fmt.Sprintf(":%d", speedPort))
+	old, err := s.replace(ctx)
 	if err != nil {
 		return err
 	}
-	defer l.Close()
-	go serve(l)
-	ways := []through{{"perimeterd", "10.77.0.1", s.daemon.PID(), st.PID}, plain}
-	for _, d := range directions {
-		got := map[string][]pace{}
-		for range rounds {
-			for _, w := range ways {
-				p, err := s.speed(ctx, w, d.ask)
+	if _, err := old.up(ctx); err != nil {
+		return err
+	}
+	udp, err := old.connect(ctx, "udp", "AES-256-GCM")
+	if err != nil {
+		return err
+	}
+	for _, ns := range []*lab.Namespace{s.Bastion, old.host, s.Cloud} {
+		l, err := ns.Listen("tcp", fmt.Sprintf(":%d", speedPort))
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		go serve(l)
+	}
+	direct := func(address string) func(context.Context) (net.Conn, error) {
+		return func(ctx context.Context) (net.Conn, error) {
+			return s.Client.Dial(ctx, "tcp", net.JoinHostPort(address, fmt.Sprint(speedPort)))
+		}
+	}
+	plain.dial = direct("10.99.0.1")
+	tunnels := []carrier{{ours, direct("10.77.0.1"), s.daemon.PID(), st.PID}, plain,
+		{vpnTCP, direct(replacedTCP), old.tcp.Process.Pid, old.client.Process.Pid}, {vpnUDP, direct(replacedUDP), old.udp.Process.Pid, udp.Process.Pid}}
+	whole := []carrier{{who: ours, dial: s.connector("10.77.0.1")}, {who: stack, dial: s.connector(replacedTCP)}, {who: oursAlone, dial: direct("10.77.0.1")}}
+	for range rounds {
+		for _, what := range []string{oneDown, oneUp, eightDown, eightUp, throughIt} {
+			ways := tunnels
+			if what == throughIt {
+				ways = whole
+			}
+			for _, c := range ways {
+				rate, cpu, err := c.carry(ctx, loads[what], span)
 				if err != nil {
-					return fmt.Errorf("%s: %w", w.who, err)
+					return fmt.Errorf("%s, %s: %w", c.who, what, err)
 				}
-				got[w.who] = append(got[w.who], p)
+				r.Add(bench.Figure{What: what, Who: c.who, Unit: "B/s", Values: []float64{rate}})
+				if suffix, counted := map[string]string{oneDown: "", oneUp: uploading}[what]; counted {
+					r.Add(bench.Figure{What: serverCPU + suffix, Who: c.who, Unit: "CPU-s/GB", Values: []float64{cpu[0]}})
+					r.Add(bench.Figure{What: clientCPU + suffix, Who: c.who, Unit: "CPU-s/GB", Values: []float64{cpu[1]}})
+				}
+				fmt.Printf("%s, %s: %.0f MB/s\n", c.who, what, rate/1e6)
 			}
 		}
-		r.compare(d.name, ways, got)
 	}
 	return nil
 }
 
-func (r *report) compare(direction string, ways []through, got map[string][]pace) {
-	var text []string
-	for _, w := range ways {
-		var rates, servers, clients []float64
-		for _, p := range got[w.who] {
-			rates, servers, clients = append(rates, p.rate), append(servers, p.server), append(clients, p.client)
+// connector asks a proxy for the cloud's source.
+func (s *stage) connector(proxy string) func(context.Context) (net.Conn, error) {
+	return func(ctx context.Context) (net.Conn, error) {
+		c, err := s.Client.Dial(ctx, "tcp", net.JoinHostPort(proxy, "3128"))
+		if err != nil {
+			return nil, err
 		}
-		r.Add(bench.Figure{What: "tunnel alone, TCP " + direction, Who: w.who, Unit: "B/s", Values: rates})
-		r.Add(bench.Figure{What: "tunnel alone, TCP " + direction + ", processor of the server", Who: w.who, Unit: "s/GB", Values: servers})
-		r.Add(bench.Figure{What: "tunnel alone, TCP " + direction + ", processor of the client", Who: w.who, Unit: "s/GB", Values: clients})
-		text = append(text, fmt.Sprintf("%s %.2f Gb/s (%.2f–%.2f), CPU seconds a GB %.2f and %.2f",
-			w.who, median(rates)*8/1e9, slices.Min(rates)*8/1e9, slices.Max(rates)*8/1e9, median(servers), median(clients)))
-	}
-	ours, theirs := got[ways[0].who], got[ways[1].who]
-	ratio := func(of func(pace) float64) float64 {
-		var list []float64
-		for i := range ours { // of neighbours in time
-			list = append(list, of(ours[i])/of(theirs[i]))
+		c.SetReadDeadline(time.Now().Add(20 * time.Second))
+		defer c.SetReadDeadline(time.Time{})
+		if _, err := fmt.Fprintf(c, "CONNECT %v:%d HTTP/1.1\r\nHost: %[1]v:%[2]d\r\n\r\n", s.Cloud.Addr, speedPort); err != nil {
+			return nil, errors.Join(err, c.Close())
 		}
-		return median(list)
+		var answer []byte // byte by byte; the source waits for a word before it sends
+		for b := make([]byte, 1); !strings.HasSuffix(string(answer), "\r\n\r\n") && len(answer) < 4096; answer = append(answer, b...) {
+			if _, err := io.ReadFull(c, b); err != nil {
+				return nil, errors.Join(fmt.Errorf("the proxy says %q: %w", answer, err), c.Close())
+			}
+		}
+		if !strings.HasPrefix(string(answer), "HTTP/1.1 200 ") {
+			return nil, errors.Join(fmt.Errorf("the proxy says %q", answer), c.Close())
+		}
+		return c, nil
 	}
-	r.row(fmt.Sprintf("TCP %s through the tunnel alone, no delay, medians of %d in turn; CPU of server and client", direction, rounds),
-		"%s: %.2f times as fast, for %.2f and %.2f times the CPU", strings.Join(text, "; "), ratio(func(p pace) float64 { return p.rate }),
-		ratio(func(p pace) float64 { return p.server }), ratio(func(p pace) float64 { return p.client }))
 }
 
-func median(list []float64) float64 {
-	list = slices.Sorted(slices.Values(list))
-	return (list[(len(list)-1)/2] + list[len(list)/2]) / 2
-}
-
-// serve sends or takes bytes for ever, as the first one asks.
+// serve sends to who says d, and takes from who says u, who hears of every block that has arrived.
 func serve(l net.Listener) {
 	for {
 		c, err := l.Accept()
@@ -139,75 +178,114 @@ func serve(l net.Listener) {
 		}
 		go func() {
 			defer c.Close()
-			block := make([]byte, 256<<10)
-			if _, err := io.ReadFull(c, block[:1]); err != nil {
+			word := make([]byte, 1)
+			if _, err := io.ReadFull(c, word); err != nil {
 				return
 			}
-			step := c.Read
-			if block[0] == 'd' {
-				step = c.Write
-			}
-			for err := error(nil); err == nil; {
-				_, err = step(block)
+			block := make([]byte, blockSize)
+			for {
+				if word[0] == 'd' {
+					_, err = c.Write(block)
+				} else if _, err = io.ReadFull(c, block); err == nil {
+					_, err = c.Write(word)
+				}
+				if err != nil {
+					return
+				}
 			}
 		}()
 	}
 }
 
-// speed is after a moment to get going.
-func (s *stage) speed(ctx context.Context, w through, ask byte) (p pace, err error) {
-	c, err := s.Client.Dial(ctx, "tcp", net.JoinHostPort(w.address, fmt.Sprint(speedPort)))
-	if err != nil {
-		return p, err
-	}
-	defer c.Close()
-	if _, err := c.Write([]byte{ask}); err != nil {
-		return p, err
-	}
-	step := c.Write
-	if ask == 'd' {
-		step = c.Read
-	}
-	block := make([]byte, 256<<10)
-	pass := func(until time.Time) (n int, err error) {
-		for time.Now().Before(until) {
-			c.SetDeadline(time.Now().Add(5 * time.Second))
-			moved, err := step(block)
-			if err != nil {
-				return n, errors.Join(err, io.ErrUnexpectedEOF)
-			}
-			n += moved
-		}
-		return n, nil
-	}
-	if _, err := pass(time.Now().Add(warming)); err != nil {
-		return p, err
-	}
-	began, before, err := time.Now(), [2]lab.Usage{}, error(nil)
-	for i, pid := range []int{w.server, w.client} {
-		if before[i], err = lab.UsageOf(pid); err != nil {
-			return p, err
-		}
-	}
-	n, err := pass(began.Add(timed))
-	if err != nil {
-		return p, err
-	}
-	p.rate = float64(n) / time.Since(began).Seconds()
-	for i, pid := range []int{w.server, w.client} {
-		after, err := lab.UsageOf(pid)
+const blockSize = 128 << 10
+
+// carry is bytes a second, after half a second to get going, and the CPU seconds of server and client for 10^9 of them.
+func (c carrier) carry(ctx context.Context, l load, span time.Duration) (rate float64, cpu [2]float64, err error) {
+	var moved atomic.Int64
+	var all sync.WaitGroup
+	defer all.Wait()
+	for range l.flows {
+		conn, err := c.dial(ctx)
 		if err != nil {
-			return p, err
+			return 0, cpu, err
 		}
-		*[]*float64{&p.server, &p.client}[i] = (after.CPU - before[i].CPU).Seconds() / float64(n) * 1e9
+		defer conn.Close()
+		if _, err := io.WriteString(conn, l.word); err != nil {
+			return 0, cpu, err
+		}
+		all.Go(func() {
+			for buf := make([]byte, blockSize); ; {
+				n, err := conn.Read(buf)
+				if err != nil {
+					return
+				}
+				if l.word == "u" {
+					n *= blockSize
+				}
+				moved.Add(int64(n))
+			}
+		})
+		if l.word == "u" {
+			all.Go(func() {
+				for block := make([]byte, blockSize); ; {
+					if _, err := conn.Write(block); err != nil {
+						return
+					}
+				}
+			})
+		}
 	}
-	return p, nil
+	take := func() (n int64, used [2]time.Duration, err error) {
+		for i, pid := range []int{c.server, c.client} {
+			if pid == 0 {
+				continue
+			}
+			u, err := lab.UsageOf(pid)
+			if err != nil {
+				return 0, used, err
+			}
+			used[i] = u.CPU
+		}
+		return moved.Load(), used, nil
+	}
+	wait := func(d time.Duration) error {
+		select {
+		case <-time.After(d):
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	if err := wait(time.Second / 2); err != nil {
+		return 0, cpu, err
+	}
+	before, used, err := take()
+	if err != nil {
+		return 0, cpu, err
+	}
+	start := time.Now()
+	if err := wait(span); err != nil {
+		return 0, cpu, err
+	}
+	took := time.Since(start)
+	after, usedAfter, err := take()
+	if err == nil && after == before {
+		err = fmt.Errorf("nothing moved: %w", syscall.ETIMEDOUT)
+	}
+	if err != nil {
+		return 0, cpu, err
+	}
+	bytes := float64(after - before)
+	for i := range cpu {
+		cpu[i] = (usedAfter[i] - used[i]).Seconds() / bytes * 1e9
+	}
+	return bytes / took.Seconds(), cpu, nil
 }
 
 // plain makes a tunnel of wireguard-go's own program between client and bastion. Linux shares processors among sessions first
 // (sched(7), autogroup), and our client has one of its own: so has this one, or it would cost a fifth less, and go faster.
-func (s *stage) plain(ctx context.Context, bin string) (through, error) {
-	w := through{who: "wireguard-go", address: "10.99.0.1"}
+func (s *stage) plain(ctx context.Context, bin string) (carrier, error) {
+	w := carrier{who: plainWG}
 	ends := []struct {
 		ns         *lab.Namespace
 		name, peer string

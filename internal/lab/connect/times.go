@@ -4,9 +4,13 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
+	"net/url"
 	"os"
 	"time"
 
@@ -29,10 +33,10 @@ func (s *stage) up(ctx context.Context) (time.Duration, error) {
 	return time.Since(start), err
 }
 
-// first is how long it takes from now to the first byte of a page.
-func (s *stage) first(ctx context.Context) (time.Duration, error) {
+// first is how long it takes from now to the first byte of a page, by stock curl.
+func (s *stage) first(ctx context.Context, proxy string) (time.Duration, error) {
 	start := time.Now()
-	out, err := output(s.curl(ctx, "-o", os.DevNull, "-w", "%{time_starttransfer} %{time_total}", "https://"+cloudName+"/"))
+	out, err := output(s.curl(ctx, proxy, "-o", os.DevNull, "-w", "%{time_starttransfer} %{time_total}", "https://"+cloudName+"/"))
 	if err != nil {
 		return 0, err
 	}
@@ -42,6 +46,31 @@ func (s *stage) first(ctx context.Context) (time.Duration, error) {
 		return 0, fmt.Errorf("curl said %q: %w", out, err)
 	}
 	return took - time.Duration((total-first)*float64(time.Second)), nil
+}
+
+// running is the same by an HTTP client that is there already, as in a browser or an agent: no program starts.
+func (s *stage) running(ctx context.Context, proxy string) (time.Duration, error) {
+	through, err := url.Parse(proxy)
+	if err != nil {
+		return 0, err
+	}
+	t := &http.Transport{Proxy: http.ProxyURL(through), DialContext: s.Client.Dial, TLSClientConfig: &tls.Config{RootCAs: s.cloud.CAs}}
+	defer t.CloseIdleConnections()
+	start := time.Now()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+cloudName+"/", nil)
+	if err != nil {
+		return 0, err
+	}
+	resp, err := t.RoundTrip(req)
+	if err != nil {
+		return 0, err
+	}
+	defer resp.Body.Close()
+	_, err = resp.Body.Read(make([]byte, 1))
+	if err == io.EOF {
+		err = nil
+	}
+	return time.Since(start), err
 }
 
 // end takes the tunnel down: for the next cold start as its owner does, for a warm one as a power cut does.
@@ -72,56 +101,73 @@ func kind(warm bool) string {
 	return "cold"
 }
 
+// path is a way to connect: up, to a page through proxy, and down again.
+type path struct {
+	who, proxy string
+	up         func(context.Context) (time.Duration, error)
+	end        func(ctx context.Context, warm bool) error
+}
+
+// Names of what is measured.
+const (
+	tunnelUp     = "tunnel up, "
+	firstByte    = "first byte, "
+	firstRunning = "first byte to an HTTP client that runs, "
+	tripAxis     = "ms round trip"
+)
+
+// times takes each path in turn, with nothing kept and then with what a power cut leaves.
 func (r *report) times(ctx context.Context, runs int) error {
 	s, err := open(ctx, lab.Options{LongLink: true})
 	if err != nil {
 		return err
 	}
 	defer s.Close()
-	medians := map[string][]time.Duration{}
-	for _, rtt := range append([]time.Duration{0}, roundTrips...) { // the first warms up, and is what the machine itself costs
+	old, err := s.replace(ctx)
+	if err != nil {
+		return err
+	}
+	paths := []path{{ours, ourProxy, s.up, s.end}, {stack, replacedProxy, old.up, old.end}}
+	for _, rtt := range append([]time.Duration{0}, roundTrips...) { // the first is what the machine itself costs
 		s.Link.SetDelay(rtt / 2)
-		ups, firsts := map[bool][]time.Duration{}, map[bool][]time.Duration{}
+		clients := []struct {
+			what string
+			get  func(context.Context, string) (time.Duration, error)
+		}{{firstByte, s.first}, {firstRunning, s.running}}
+		if rtt > 0 {
+			clients = clients[:1]
+		}
 		for range runs {
-			if err := s.next(ctx); err != nil {
-				return err
-			}
-			for _, warm := range []bool{false, true} {
-				if warm {
-					if err := errors.Join(s.end(ctx, true), s.shut(ctx)); err != nil {
+			for _, client := range clients {
+				if err := s.next(ctx); err != nil {
+					return err
+				}
+				for _, p := range paths {
+					for _, warm := range []bool{false, true} {
+						if warm {
+							if err := errors.Join(p.end(ctx, true), s.shut(ctx)); err != nil {
+								return err
+							}
+						}
+						up, err := p.up(ctx)
+						if err != nil {
+							return fmt.Errorf("%s, %s, round trip %v: %w", p.who, kind(warm), rtt, err)
+						}
+						first, err := client.get(ctx, p.proxy)
+						if err != nil {
+							return fmt.Errorf("%s, %s, round trip %v: %w", p.who, kind(warm), rtt, err)
+						}
+						at := float64(rtt) / float64(time.Millisecond)
+						r.Add(bench.Figure{What: tunnelUp + kind(warm), Who: p.who, Unit: "s", At: at, Axis: tripAxis, Values: bench.Seconds(up)})
+						r.Add(bench.Figure{What: client.what + kind(warm), Who: p.who, Unit: "s", At: at, Axis: tripAxis, Values: bench.Seconds(up + first)})
+					}
+					if err := p.end(ctx, false); err != nil {
 						return err
 					}
 				}
-				up, err := s.up(ctx)
-				if err != nil {
-					return err
-				}
-				first, err := s.first(ctx)
-				if err != nil {
-					return err
-				}
-				ups[warm], firsts[warm] = append(ups[warm], up), append(firsts[warm], up+first)
-			}
-			if err := s.end(ctx, false); err != nil {
-				return err
 			}
 		}
-		for _, warm := range []bool{false, true} {
-			ms := float64(rtt) / float64(time.Millisecond)
-			r.Add(bench.Figure{What: kind(warm) + ": vpn up", Who: "perimeterd", Unit: "s", At: ms, Axis: "round trip, ms", Values: bench.Seconds(ups[warm]...)})
-			r.Add(bench.Figure{What: kind(warm) + ": first HTTPS byte", Who: "perimeterd", Unit: "s", At: ms, Axis: "round trip, ms", Values: bench.Seconds(firsts[warm]...)})
-			u, f := bench.Quantile(ups[warm], 0.5), bench.Quantile(firsts[warm], 0.5)
-			medians[kind(warm)] = append(medians[kind(warm)], u)
-			medians[kind(warm)+" first"] = append(medians[kind(warm)+" first"], f)
-			r.row(fmt.Sprintf("%s, round trip %v", kind(warm), rtt), "tunnel %v, first HTTPS byte %v (%d runs, medians)", bench.Rounded(u), bench.Rounded(f), runs)
-		}
-	}
-	// What grows with the link is the link's.
-	for _, k := range []string{"cold", "warm"} {
-		trips := func(list []time.Duration) float64 {
-			return float64(list[3]-list[1]) / float64(roundTrips[2]-roundTrips[0])
-		}
-		r.row(k+", in round trips", "%.2f to the tunnel, %.2f to the first HTTPS byte", trips(medians[k]), trips(medians[k+" first"]))
+		fmt.Printf("round trip %v: done\n", rtt)
 	}
 	return nil
 }
@@ -171,7 +217,7 @@ func (r *report) losses(ctx context.Context) error {
 				if !lost {
 					break
 				}
-				if r.Add(bench.Figure{What: kind(warm) + ": vpn up with a packet lost", Who: "perimeterd", Unit: "s", At: float64(rtt) / float64(time.Millisecond), Axis: "round trip, ms", Values: bench.Seconds(took)}); took > worst {
+				if r.Add(bench.Figure{What: tunnelUp + kind(warm) + ", a packet lost", Who: "perimeterd", Unit: "s", At: float64(rtt) / float64(time.Millisecond), Axis: tripAxis, Values: bench.Seconds(took)}); took > worst {
 					worst, worstAt = took, n
 				}
 			}

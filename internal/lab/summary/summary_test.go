@@ -23,7 +23,7 @@ func TestValuesHaveUnitsThatSuitThem(t *testing.T) {
 }
 
 func TestGoalIsKeptWithinItsBoundAndBesideItsPeer(t *testing.T) {
-	peer := []bench.Figure{{Who: "squid", Values: []float64{10}}}
+	peer := []bench.Figure{{Who: "squid", Values: []float64{10}}, {Who: "nginx", Values: []float64{40}}}
 	for _, c := range []struct {
 		goal goal
 		ours float64
@@ -33,11 +33,15 @@ func TestGoalIsKeptWithinItsBoundAndBesideItsPeer(t *testing.T) {
 		{goal{bound: 1}, 1.1, false},
 		{goal{bound: -5}, 4, false},
 		{goal{bound: -5}, 6, true},
-		{goal{peer: "squid", times: 8}, 80, true},
-		{goal{peer: "squid", times: 8}, 79, false},
-		{goal{peer: "squid", times: -1}, 10, true},
-		{goal{peer: "squid", times: -1}, 11, false},
-		{goal{peer: "tinyproxy", times: 1}, 100, false},
+		{goal{beside: map[string]float64{"squid": 8}}, 80, true},
+		{goal{beside: map[string]float64{"squid": 8}}, 79, false},
+		{goal{beside: map[string]float64{"squid": -1}}, 10, true},
+		{goal{beside: map[string]float64{"squid": -1}}, 11, false},
+		{goal{beside: map[string]float64{"squid": 8, "nginx": 2}}, 80, true},
+		{goal{beside: map[string]float64{"squid": 8, "nginx": 2}}, 79, false},
+		{goal{beside: map[string]float64{"squid": 1, "nginx": 2}}, 79, false},
+		{goal{bound: 70, beside: map[string]float64{"squid": 1}}, 80, false},
+		{goal{beside: map[string]float64{"tinyproxy": 1}}, 100, false},
 	} {
 		if got := c.goal.kept(c.ours, peer); got != c.kept {
 			t.Errorf("%+v with %v: %v", c.goal, c.ours, got)
