@@ -218,7 +218,7 @@ func TestExecHasAPortAndAPasswordOfItsOwn(t *testing.T) {
 		out, _ := alice.command(args[0], args[1:]...).CombinedOutput()
 		return string(out)
 	}
-	w.eventually(20*time.Second, "a refusal with its reason", func() bool {
+	w.eventually(time.Minute, "a refusal with its reason", func() bool {
 		out := through()
 		return strings.HasSuffix(out, " 503") && strings.Contains(out, "revoked, or its user is unknown")
 	})
