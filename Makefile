@@ -165,11 +165,8 @@ deb: deb-tools
 	cd deploy/systemd && $(GO) test -count=1 -v -run TestUnitsAreShutIn . | grep exposure
 
 # The older and the newer version of an upgrade, not compressed, and a Debian to install them on, which is kept in .cache/container.
-# Make test is content with one release, and fewer transfers that a restart may not cut.
 RELEASES ?= bookworm trixie
 TRANSFERS ?= 1000
-test: RELEASES = bookworm
-test: TRANSFERS = 100
 test-container: container-tools build
 	for version in 0.1.0 0.1.0+upgrade; do DPKG_DEB_COMPRESSOR_TYPE=none ARCHES=$$(dpkg --print-architecture) packaging/build.sh bin/deb/test $$version; done
 	for release in $(RELEASES); do RELEASE=$$release TRANSFERS=$(TRANSFERS) $(GO) test -count=1 -v -timeout 20m ./internal/lab/container; done
