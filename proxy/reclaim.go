@@ -12,15 +12,17 @@ type reclaim struct {
 }
 
 const (
-	reclaimFor   = 1000        // tunnels more or fewer
-	reclaimEvery = time.Minute // at most
+	reclaimFor   = 1000            // tunnels more or fewer
+	reclaimEvery = time.Minute     // at most
+	reclaimAgain = 5 * time.Minute // while as many stay: garbage of the sweeps and lines comes back
 )
 
-// due says whether the time has come: the number differs, and stands still.
+// due says whether the time has come: the number differs and stands still, or has stood for long.
 func (r *reclaim) due(n int, now time.Time) bool {
 	moved, differs := diff(n, r.seen), diff(n, r.given)
 	r.seen = n
-	if differs < reclaimFor || moved > differs/10 || now.Sub(r.when) < reclaimEvery {
+	again := n >= reclaimFor && now.Sub(r.when) >= reclaimAgain
+	if differs < reclaimFor && !again || moved > max(differs, n)/10 || now.Sub(r.when) < reclaimEvery {
 		return false
 	}
 	r.given, r.when = n, now
