@@ -56,7 +56,7 @@ func (s *Server) connect(l *link, h head, src *source) {
 		return
 	}
 	t.access, t.finish = a, s.finished
-	t.start(src, fromServer)
+	t.relay(src, fromServer)
 }
 
 // finished is for a tunnel whose sockets are closed.
