@@ -2,7 +2,7 @@
 # make test   installs what is missing, builds, lints, runs every test
 # Both need root (namespaces, nftables) and leave nothing behind. So do
 # make bench-door   the door beside knockd, fwknop and an ipset script, six minutes; writes docs/benchmarks.md, bench/door.json
-# make bench-proxy  the proxy beside goproxy, Squid and tinyproxy, seven minutes; writes docs/benchmarks.md, bench/proxy.json, fails if a promise is broken
+# make bench-proxy  the proxy beside goproxy, Squid and tinyproxy, thirteen minutes; writes docs/benchmarks.md, bench/proxy.json, fails if a promise is broken
 # make bench-proxy-idle  10,000 silent tunnels at each of them for ten minutes; writes docs/benchmarks.md, bench/proxy-idle.json, fails if a promise is broken
 # make test-attacks the built daemon attacked with scans, odd tokens and floods, three minutes; fails if one gains anything
 # make bench-sessions  5,000 sessions, revocations and crashes among many, three minutes; writes docs/benchmarks.md, fails if a promise is broken

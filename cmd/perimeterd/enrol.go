@@ -67,7 +67,7 @@ func (o *addOptions) read(cmd *cobra.Command, valid string) (c *configs.Config, 
 func (o *addOptions) flags(cmd *cobra.Command, valid *string) {
 	f := cmd.Flags()
 	f.StringVar(&o.device, "device", defaultDevice, "`NAME` that tells the user's devices apart")
-	f.StringVar(valid, "valid", "90d", "how long the certificate holds, as in 90d or 12h")
+	f.StringVar(valid, "valid", "90d", "`TIME` that the certificate holds, as in 90d or 12h")
 	f.StringVar(&o.out, "out", "", "profile `FILE` to write (default NAME.profile)")
 	f.StringVar(&o.requestFile, "request", "", "sign the key of this request, `FILE` (PKCS #10), instead of making one")
 	f.StringVar(&o.passphraseFile, "passphrase-file", "", "`FILE` whose first line protects the profile")

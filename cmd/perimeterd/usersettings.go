@@ -92,7 +92,7 @@ The address goes to his first session. While that lives, a second device of his 
 	f.StringArrayVar(&groups, "group", nil, "`GROUP` of the user, instead of those he has; may be repeated; '' alone: none")
 	f.StringVar(&address, "address", "", "tunnel `ADDRESS` of his own; none: one of the pool")
 	f.IntVar(&devices, "devices", 0, "how many live sessions a certificate of his may hold; 0: session.devices")
-	f.StringVar(&max, "session-max", "", "how `LONG` a session of his lasts at most; 0: session.max")
+	f.StringVar(&max, "session-max", "", "longest `TIME` that a session of his lasts, as in 8h; 0: session.max")
 	return cmd
 }
 

@@ -39,7 +39,7 @@ func execCommand(profile *string) *cobra.Command {
 	}
 	c.Flags().SetInterspersed(false)
 	c.Flags().DurationVar(&timeout, "timeout", timeout, "give up after so long")
-	c.Flags().StringVar(&awsProfile, "aws-profile", "", "run it with this profile of ~/.aws/config, and no inherited AWS credentials")
+	c.Flags().StringVar(&awsProfile, "aws-profile", "", "run it with profile `NAME` of ~/.aws/config, and no inherited AWS credentials")
 	return c
 }
 

@@ -26,7 +26,7 @@ func upCommand(profile *string) *cobra.Command {
 		Use: "up", Short: "Knock, and bring the tunnel up", Args: noArguments,
 		Long: "Knocks, asks the gate for a session and returns when the tunnel has keys. A process in the background then keeps it\n" +
 			"until `vpn down`, and finds out whether data pass: `vpn status` says so. Where it runs already, this waits until they may.\n\n" +
-			"With CAP_NET_ADMIN the tunnel is a device; without it is inside that process. In both cases a proxy on 127.0.0.1, for you\n" +
+			"With CAP_NET_ADMIN the tunnel is a device; without it, TCP/IP inside that process. In both cases a proxy on 127.0.0.1, for you\n" +
 			"alone, leads through it.",
 		RunE: func(*cobra.Command, []string) error {
 			report := newReporter(os.Stderr)

@@ -326,7 +326,7 @@ func explainTLS(err error) error {
 	}
 	var host x509.HostnameError
 	if errors.As(err, &host) {
-		return &RefusedError{"gate_other", "what answers there is another gate than this profile's: ask for a new profile"}
+		return &RefusedError{"gate_other", "what answers there is another gate than this profile's: the profile is out of date, or a network on the way answers in its place"}
 	}
 	var invalid x509.CertificateInvalidError
 	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
