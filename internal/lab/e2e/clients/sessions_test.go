@@ -273,11 +273,16 @@ func TestRoleSessionsArePinned(t *testing.T) {
 
 	// Stolen.
 	env := p.run(p.command(p.vpn, "env"))
+	// The listener serves the person whose tunnel it is, and nobody else on this machine.
+	own := func(c *lab.Cmd) *lab.Cmd {
+		c.SysProcAttr.Credential, c.Dir = &syscall.Credential{Uid: uint32(p.uid), Gid: uint32(p.uid)}, p.home
+		return c
+	}
 	calls := [][]string{{"s3api", "list-objects-v2", "--bucket", "ledger"}, {"s3api", "put-object", "--bucket", "ledger", "--key", "a"}}
 	for _, call := range calls {
-		s.run(path(s.throughTunnel(env, pinned, call...)))
+		s.run(own(path(s.throughTunnel(env, pinned, call...))))
 		s.denied("a stolen session with its pin", path(s.aws(s.Client, pinned, call...)))
-		astray := path(s.throughTunnel(env, pinned, call...))
+		astray := own(path(s.throughTunnel(env, pinned, call...)))
 		astray.Env = append(astray.Env, "NO_PROXY=*.amazonaws.com,.amazonaws.com", "no_proxy=*.amazonaws.com,.amazonaws.com")
 		s.denied("a session with its pin, past the proxy", astray)
 	}
