@@ -123,6 +123,13 @@ func TestWrongGateIsSaidAndNothingIsLeft(t *testing.T) {
 			serving, stop := context.WithCancel(ctx)
 			defer stop()
 			listener, err := host.Listen("tcp", ":1194")
+			for range 100 { // the one before is on its way out
+				if err == nil {
+					break
+				}
+				time.Sleep(50 * time.Millisecond)
+				listener, err = host.Listen("tcp", ":1194")
+			}
 			if err != nil {
 				t.Fatal(err)
 			}
