@@ -11,11 +11,8 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"os"
-	"os/signal"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"perimeterd/internal/lab"
@@ -36,14 +33,9 @@ func main() {
 	results := flag.String("results", "bench/connect.json", "`FILE` for the raw numbers")
 	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose sections \"From a cold laptop\" and \"Connecting\" are written")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	if err := measure(ctx, *runs, *rounds, *span, strings.Split(*only, ","), *results, *doc); err != nil {
-		fmt.Fprintln(os.Stderr, "bench-connect:", err)
-		os.Exit(1)
-	}
+	bench.Main("bench-connect", limit, func(ctx context.Context) error {
+		return measure(ctx, *runs, *rounds, *span, strings.Split(*only, ","), *results, *doc)
+	})
 }
 
 func measure(ctx context.Context, runs, rounds int, span time.Duration, parts []string, results, doc string) error {

@@ -10,10 +10,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"os"
-	"os/signal"
 	"strings"
-	"syscall"
 	"time"
 
 	"perimeterd/internal/lab/bench"
@@ -24,14 +21,9 @@ func main() {
 	results := flag.String("results", "bench/limits.json", "`FILE` for the raw numbers")
 	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose section \"The machine\" is written")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
-	defer cancel()
-	if err := measure(ctx, *rounds, *results, *doc); err != nil {
-		fmt.Fprintln(os.Stderr, "bench-limits:", err)
-		os.Exit(1)
-	}
+	bench.Main("bench-limits", 3*time.Minute, func(ctx context.Context) error {
+		return measure(ctx, *rounds, *results, *doc)
+	})
 }
 
 // limits in the order of the table: how each is measured once, and what a value says.

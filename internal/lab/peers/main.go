@@ -10,11 +10,8 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"os"
-	"os/signal"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"perimeterd/internal/lab"
@@ -31,22 +28,9 @@ func main() {
 	results := flag.String("results", "bench/door.json", "`FILE` for the raw numbers")
 	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose section \"The door\" is written")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	err := measure(ctx, *runs, *rounds, strings.Split(*only, ","), *results, *doc)
-	switch {
-	case errors.Is(ctx.Err(), context.DeadlineExceeded):
-		fmt.Fprintf(os.Stderr, "bench-door: not done after %v, and given up: everything is cleaned up\n", limit)
-		os.Exit(1)
-	case ctx.Err() != nil:
-		fmt.Fprintln(os.Stderr, "bench-door: interrupted: everything is cleaned up")
-		os.Exit(130)
-	case err != nil:
-		fmt.Fprintln(os.Stderr, "bench-door:", err)
-		os.Exit(1)
-	}
+	bench.Main("bench-door", limit, func(ctx context.Context) error {
+		return measure(ctx, *runs, *rounds, strings.Split(*only, ","), *results, *doc)
+	})
 }
 
 func measure(ctx context.Context, runs, rounds int, parts []string, resultsFile, docFile string) error {

@@ -12,10 +12,8 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/signal"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"perimeterd/internal/lab/bench"
@@ -83,23 +81,9 @@ func main() {
 	if *names != "" {
 		o.names = strings.Split(*names, ",")
 	}
-	most := limit + o.hold
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, most)
-	defer cancel()
-	err := measure(ctx, o, *results, *doc)
-	switch {
-	case errors.Is(ctx.Err(), context.DeadlineExceeded):
-		fmt.Fprintf(os.Stderr, "bench-proxy: not done after %v, and given up: everything is cleaned up\n", most)
-		os.Exit(1)
-	case ctx.Err() != nil:
-		fmt.Fprintln(os.Stderr, "bench-proxy: interrupted: everything is cleaned up")
-		os.Exit(130)
-	case err != nil:
-		fmt.Fprintln(os.Stderr, "bench-proxy:", err)
-		os.Exit(1)
-	}
+	bench.Main("bench-proxy", limit+o.hold, func(ctx context.Context) error {
+		return measure(ctx, o, *results, *doc)
+	})
 }
 
 func measure(ctx context.Context, o options, resultsFile, docFile string) (err error) {

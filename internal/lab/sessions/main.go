@@ -13,13 +13,10 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
-	"os"
-	"os/signal"
 	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"perimeterd/internal/lab"
@@ -46,14 +43,9 @@ func main() {
 	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose section \"Sessions\" is written")
 	flag.Parse()
 	debug.SetMemoryLimit(math.MaxInt64) // GOMEMLIMIT is for the daemon
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	if err := measure(ctx, strings.Split(*only, ","), *many, *others, *victims, *inside, *results, *doc); err != nil {
-		fmt.Fprintln(os.Stderr, "bench-sessions:", err)
-		os.Exit(1)
-	}
+	bench.Main("bench-sessions", limit, func(ctx context.Context) error {
+		return measure(ctx, strings.Split(*only, ","), *many, *others, *victims, *inside, *results, *doc)
+	})
 }
 
 func measure(ctx context.Context, parts []string, many, others, victims, inside int, results, doc string) error {

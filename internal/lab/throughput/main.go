@@ -10,10 +10,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"os"
-	"os/signal"
 	"strings"
-	"syscall"
 	"time"
 
 	"perimeterd/internal/lab/bench"
@@ -26,14 +23,9 @@ func main() {
 	results := flag.String("results", "bench/client.json", "`FILE` for the raw numbers")
 	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose section \"The client's tunnels\" is written")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
-	defer cancel()
-	if err := measure(ctx, *rounds, *span, *only, *results, *doc); err != nil {
-		fmt.Fprintln(os.Stderr, "bench-client:", err)
-		os.Exit(1)
-	}
+	bench.Main("bench-client", 10*time.Minute, func(ctx context.Context) error {
+		return measure(ctx, *rounds, *span, *only, *results, *doc)
+	})
 }
 
 // Names of what is measured, and of how.
