@@ -6,19 +6,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
 	"perimeterd/internal/lab"
 	"perimeterd/internal/lab/bench"
+	"perimeterd/internal/lab/bulk"
 )
 
 // speedPort is where the servers' hosts and the cloud send and take bytes.
@@ -55,7 +53,7 @@ type load struct {
 	word  string // that asks the source for it
 }
 
-var loads = map[string]load{oneDown: {1, "d"}, oneUp: {1, "u"}, eightDown: {8, "d"}, eightUp: {8, "u"}, throughIt: {1, "d"}}
+var loads = map[string]load{oneDown: {1, bulk.Down}, oneUp: {1, bulk.Up}, eightDown: {8, bulk.Down}, eightUp: {8, bulk.Up}, throughIt: {1, bulk.Down}}
 
 // carrier is a way to a source of bytes.
 type carrier struct {
@@ -110,7 +108,7 @@ func (r *report) speeds(ctx context.Context, rounds int, span time.Duration) err
 			return err
 		}
 		defer l.Close()
-		go serve(l)
+		go bulk.Serve(l)
 	}
 	direct := func(address string) func(context.Context) (net.Conn, error) {
 		return func(ctx context.Context) (net.Conn, error) {
@@ -151,90 +149,20 @@ func (s *stage) connector(proxy string) func(context.Context) (net.Conn, error) 
 		if err != nil {
 			return nil, err
 		}
-		c.SetReadDeadline(time.Now().Add(20 * time.Second))
-		defer c.SetReadDeadline(time.Time{})
-		if _, err := fmt.Fprintf(c, "CONNECT %v:%d HTTP/1.1\r\nHost: %[1]v:%[2]d\r\n\r\n", s.Cloud.Addr, speedPort); err != nil {
+		if err := bulk.Connect(c, fmt.Sprintf("%v:%d", s.Cloud.Addr, speedPort), ""); err != nil {
 			return nil, errors.Join(err, c.Close())
-		}
-		var answer []byte // byte by byte; the source waits for a word before it sends
-		for b := make([]byte, 1); !strings.HasSuffix(string(answer), "\r\n\r\n") && len(answer) < 4096; answer = append(answer, b...) {
-			if _, err := io.ReadFull(c, b); err != nil {
-				return nil, errors.Join(fmt.Errorf("the proxy says %q: %w", answer, err), c.Close())
-			}
-		}
-		if !strings.HasPrefix(string(answer), "HTTP/1.1 200 ") {
-			return nil, errors.Join(fmt.Errorf("the proxy says %q", answer), c.Close())
 		}
 		return c, nil
 	}
 }
 
-// serve sends to who says d, and takes from who says u, who hears of every block that has arrived.
-func serve(l net.Listener) {
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return
-		}
-		go func() {
-			defer c.Close()
-			word := make([]byte, 1)
-			if _, err := io.ReadFull(c, word); err != nil {
-				return
-			}
-			block := make([]byte, blockSize)
-			for {
-				if word[0] == 'd' {
-					_, err = c.Write(block)
-				} else if _, err = io.ReadFull(c, block); err == nil {
-					_, err = c.Write(word)
-				}
-				if err != nil {
-					return
-				}
-			}
-		}()
-	}
-}
-
-const blockSize = 128 << 10
-
 // carry is bytes a second, after half a second to get going, and the CPU seconds of server and client for 10^9 of them.
 func (c carrier) carry(ctx context.Context, l load, span time.Duration) (rate float64, cpu [2]float64, err error) {
-	var moved atomic.Int64
-	var all sync.WaitGroup
-	defer all.Wait()
-	for range l.flows {
-		conn, err := c.dial(ctx)
-		if err != nil {
-			return 0, cpu, err
-		}
-		defer conn.Close()
-		if _, err := io.WriteString(conn, l.word); err != nil {
-			return 0, cpu, err
-		}
-		all.Go(func() {
-			for buf := make([]byte, blockSize); ; {
-				n, err := conn.Read(buf)
-				if err != nil {
-					return
-				}
-				if l.word == "u" {
-					n *= blockSize
-				}
-				moved.Add(int64(n))
-			}
-		})
-		if l.word == "u" {
-			all.Go(func() {
-				for block := make([]byte, blockSize); ; {
-					if _, err := conn.Write(block); err != nil {
-						return
-					}
-				}
-			})
-		}
+	flows, err := bulk.Start(ctx, l.flows, l.word, c.dial)
+	if err != nil {
+		return 0, cpu, err
 	}
+	defer flows.Close()
 	take := func() (n int64, used [2]time.Duration, err error) {
 		for i, pid := range []int{c.server, c.client} {
 			if pid == 0 {
@@ -246,17 +174,9 @@ func (c carrier) carry(ctx context.Context, l load, span time.Duration) (rate fl
 			}
 			used[i] = u.CPU
 		}
-		return moved.Load(), used, nil
+		return flows.Moved(), used, nil
 	}
-	wait := func(d time.Duration) error {
-		select {
-		case <-time.After(d):
-			return nil
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-	if err := wait(time.Second / 2); err != nil {
+	if err := bulk.Wait(ctx, time.Second/2); err != nil {
 		return 0, cpu, err
 	}
 	before, used, err := take()
@@ -264,7 +184,7 @@ func (c carrier) carry(ctx context.Context, l load, span time.Duration) (rate fl
 		return 0, cpu, err
 	}
 	start := time.Now()
-	if err := wait(span); err != nil {
+	if err := bulk.Wait(ctx, span); err != nil {
 		return 0, cpu, err
 	}
 	took := time.Since(start)

@@ -9,20 +9,16 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"perimeterd/internal/lab"
+	"perimeterd/internal/lab/bulk"
 	"perimeterd/vpn/client"
 )
 
@@ -64,7 +60,7 @@ func newRoom(ctx context.Context) (_ *room, err error) {
 		if err != nil {
 			return nil, err
 		}
-		go serve(l) // until the lab's namespaces are gone
+		go bulk.Serve(l) // until the lab's namespaces are gone
 		context.AfterFunc(ctx, func() { l.Close() })
 	}
 	d, err := r.NewDaemon(ctx)
@@ -161,15 +157,8 @@ func (r *room) raise(ctx context.Context, name, profile string) (*way, error) {
 		if err != nil {
 			return nil, err
 		}
-		target := fmt.Sprintf("%v:%d", r.Cloud.Addr, sourcePort)
-		if _, err := fmt.Fprintf(c, "CONNECT %s HTTP/1.1\r\nHost: %[1]s\r\n%s\r\n", target, login); err != nil {
+		if err := bulk.Connect(c, fmt.Sprintf("%v:%d", r.Cloud.Addr, sourcePort), login); err != nil {
 			return nil, errors.Join(err, c.Close())
-		}
-		c.SetReadDeadline(time.Now().Add(20 * time.Second))
-		defer c.SetReadDeadline(time.Time{})
-		answer := make([]byte, len("HTTP/1.1 200 Connection established\r\n\r\n")) // the source waits for a word before it sends
-		if n, err := io.ReadFull(c, answer); err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 200 ") {
-			return nil, errors.Join(fmt.Errorf("the proxy says %q: %w", answer[:n], err), c.Close())
 		}
 		return c, nil
 	}, func() (float64, error) {
@@ -178,111 +167,29 @@ func (r *room) raise(ctx context.Context, name, profile string) (*way, error) {
 	}}, nil
 }
 
-// serve sends to who says d, and takes from who says u.
-func serve(l net.Listener) {
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return
-		}
-		go func() {
-			defer c.Close()
-			word := make([]byte, 1)
-			if _, err := io.ReadFull(c, word); err != nil {
-				return
-			}
-			buf := make([]byte, 256<<10)
-			if word[0] == 'd' {
-				for err == nil {
-					_, err = c.Write(buf)
-				}
-				return
-			}
-			// An uploader hears of every quarter of a megabyte that has arrived.
-			for {
-				if _, err := io.ReadFull(c, buf); err != nil {
-					return
-				}
-				if _, err := c.Write(word); err != nil {
-					return
-				}
-			}
-		}()
-	}
-}
-
 // flow says how many bytes a second arrive, once they flow: a long way takes a while to fill.
 func (r *room) flow(ctx context.Context, w *way, what string, rtt, span time.Duration) (float64, error) {
-	count, word := 1, "d"
+	count, word := 1, bulk.Down
 	switch what {
 	case upload:
-		word = "u"
+		word = bulk.Up
 	case crowd:
 		count = 100
 	}
-	var moved atomic.Int64
-	var all sync.WaitGroup
-	conns := make([]net.Conn, count)
+	flows, err := bulk.Start(ctx, count, word, w.dial)
+	if err != nil {
+		return 0, err
+	}
 	defer func() {
-		for _, c := range conns {
-			if c != nil {
-				c.Close()
-			}
-		}
-		all.Wait()
+		flows.Close()
 		time.Sleep(4 * rtt) // until what was under way is gone
 	}()
-	var dials errgroup.Group
-	for i := range conns {
-		dials.Go(func() (err error) {
-			if conns[i], err = w.dial(ctx); err == nil {
-				_, err = io.WriteString(conns[i], word)
-			}
-			return err
-		})
-	}
-	if err := dials.Wait(); err != nil {
+	if err := bulk.Wait(ctx, time.Second/2+40*rtt); err != nil {
 		return 0, err
 	}
-	for _, c := range conns {
-		buf := make([]byte, 256<<10)
-		all.Go(func() {
-			for {
-				n, err := c.Read(buf)
-				if err != nil {
-					return
-				}
-				if word == "u" {
-					n *= len(buf)
-				}
-				moved.Add(int64(n))
-			}
-		})
-		if word == "u" {
-			out := make([]byte, len(buf))
-			all.Go(func() {
-				for {
-					if _, err := c.Write(out); err != nil {
-						return
-					}
-				}
-			})
-		}
-	}
-	wait := func(d time.Duration) error {
-		select {
-		case <-time.After(d):
-			return nil
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-	if err := wait(time.Second/2 + 40*rtt); err != nil {
+	before, start := flows.Moved(), time.Now()
+	if err := bulk.Wait(ctx, span); err != nil {
 		return 0, err
 	}
-	before, start := moved.Load(), time.Now()
-	if err := wait(span); err != nil {
-		return 0, err
-	}
-	return float64(moved.Load()-before) / time.Since(start).Seconds(), nil
+	return float64(flows.Moved()-before) / time.Since(start).Seconds(), nil
 }
