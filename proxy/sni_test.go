@@ -7,9 +7,12 @@ import (
 	"crypto/tls"
 	"encoding/binary"
 	"errors"
+	"io"
 	"net"
 	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -237,4 +240,93 @@ func FuzzServerName(f *testing.F) {
 			t.Errorf("more wanted here, enough (%q) for a server", theirs)
 		}
 	})
+}
+
+func TestATunnelOpensWithAHelloForItsName(t *testing.T) {
+	cfg := openConfig()
+	cfg.Rules[0].TLS = true
+	l := startLab(t, cfg)
+	server := &tls.Config{Certificates: []tls.Certificate{certificate(t, "www.lab.test")}}
+	got := make(chan int, 100)
+	at := serveOutside(t, outsideHost+":0", func(c *net.TCPConn) {
+		tc := tls.Server(c, server)
+		if err := tc.Handshake(); err != nil {
+			got <- 0
+			return
+		}
+		n, _ := io.Copy(tc, tc)
+		got <- int(n)
+	})
+	p := ":" + strconv.Itoa(int(at.Port()))
+	for _, tt := range []struct {
+		name, target, sni string
+		piece             int
+		want              Reason
+	}{
+		{"the name", "www.lab.test" + p, "www.lab.test", 0, ""},
+		{"the name, in capitals", "www.lab.test" + p, "WWW.lab.TEST", 0, ""},
+		{"the name, in pieces", "www.lab.test" + p, "www.lab.test", 7, ""},
+		{"another name", "www.lab.test" + p, "evil.test", 0, SNIMismatch},
+		{"no name", "www.lab.test" + p, "", 0, SNIMissing},
+		{"an address and no name", at.String(), "", 0, ""},
+		{"an address and a name", at.String(), "www.lab.test", 0, SNIMismatch},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			l.t = t
+			c := l.tunnel("10.77.0.2", tt.target)
+			tc := tls.Client(pieces{c, tt.piece}, &tls.Config{ServerName: tt.sni, InsecureSkipVerify: true})
+			err := tc.Handshake()
+			if tt.want != "" {
+				if !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("handshake: %v, want a reset", err)
+				}
+				if a := l.next(); a.Decision.Allow || a.Decision.Reason != tt.want || a.End != tt.want {
+					t.Errorf("logged %+v", a)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			io.WriteString(tc, "hello")
+			tc.CloseWrite()
+			if b, err := io.ReadAll(tc); string(b) != "hello" || err != nil {
+				t.Errorf("%q, %v", b, err)
+			}
+			c.Close()
+			if a := l.next(); !a.Decision.Allow || a.Decision.Reason != Allowed {
+				t.Errorf("logged %+v", a)
+			}
+		})
+	}
+	l.t = t
+	for raw, want := range map[string]Reason{
+		"GET / HTTP/1.1\r\n\r\n": NotTLS, "SSH-2.0-x\r\n": NotTLS, "\x16\x03\x01\x00\x00": NotTLS,
+		"\x16\x03\x01\x40\x01": NotTLS, "\x16\x03\x01\x00\x04\x01\x00\x50\x00": NotTLS,
+	} {
+		c := l.tunnel("10.77.0.2", "www.lab.test"+p)
+		io.WriteString(c, raw)
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("%q: %v", raw, err)
+		}
+		if a := l.next(); a.Decision.Reason != want {
+			t.Errorf("%q: logged %+v", raw, a)
+		}
+	}
+	// Nothing at all, or only the beginning: ten seconds, and not a byte from the server before.
+	c := l.tunnel("10.77.0.2", "www.lab.test"+p)
+	io.WriteString(c, "\x16\x03\x01\x01\x00\x01")
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("half a hello: %v", err)
+	}
+	if a := l.next(); a.Decision.Reason != SNITimeout || a.Duration < 9*time.Second {
+		t.Errorf("logged %+v", a)
+	}
+	// Plain HTTP is no way around.
+	if status, _ := ask(t, l.from("10.77.0.2"), "GET http://www.lab.test"+p+"/ HTTP/1.1\r\nHost: www.lab.test"+p+"\r\n\r\n"); status != 403 {
+		t.Errorf("plain: %d", status)
+	}
+	if a := l.next(); a.Decision.Reason != TLSRequired {
+		t.Errorf("plain: %+v", a)
+	}
 }
