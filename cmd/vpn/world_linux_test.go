@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -185,10 +186,20 @@ func newWorld(t *testing.T) *world {
 	w := &world{T: t, bin: os.Getenv(binVariable), config: t.TempDir()}
 	start := func(cmd *exec.Cmd) int {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
-		if err := cmd.Start(); err != nil {
+		started, ended := make(chan error), make(chan struct{})
+		go func() {
+			runtime.LockOSThread() // Pdeathsig is the thread's, and a test may end one
+			defer runtime.UnlockOSThread()
+			defer close(ended)
+			err := cmd.Start()
+			if started <- err; err == nil {
+				cmd.Wait()
+			}
+		}()
+		if err := <-started; err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+		t.Cleanup(func() { cmd.Process.Kill(); <-ended })
 		return cmd.Process.Pid
 	}
 	w.clientPID = start(exec.Command("sleep", "600"))
