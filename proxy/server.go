@@ -61,10 +61,7 @@ type state struct {
 // Listen opens the proxy's listener. Multipath TCP is off: such sockets cannot be spliced. What every connection is to have, the
 // listening socket has: a connection takes it over from there, where asking for it would be five calls to the kernel each.
 func Listen(ctx context.Context, at netip.AddrPort) (net.Listener, error) {
-	lc := net.ListenConfig{KeepAlive: -1, Control: func(_, _ string, c syscall.RawConn) (err error) {
-		cerr := c.Control(func(fd uintptr) { err = prepare(int(fd)) })
-		return errors.Join(cerr, err)
-	}}
+	lc := net.ListenConfig{KeepAlive: -1, Control: func(_, _ string, c syscall.RawConn) error { return Prepare(c) }}
 	lc.SetMultipathTCP(false)
 	l, err := lc.Listen(ctx, "tcp", at.String())
 	if err != nil {
@@ -73,12 +70,9 @@ func Listen(ctx context.Context, at netip.AddrPort) (net.Listener, error) {
 	return l, nil
 }
 
-func prepareListener(l syscall.Conn) error {
-	raw, err := l.SyscallConn()
-	if err != nil {
-		return err
-	}
-	cerr := raw.Control(func(fd uintptr) { err = prepare(int(fd)) })
+// Prepare gives a listening socket what its connections are to have, be it a new one or of another process.
+func Prepare(c syscall.RawConn) (err error) {
+	cerr := c.Control(func(fd uintptr) { err = prepare(int(fd)) })
 	return errors.Join(cerr, err)
 }
 
@@ -128,12 +122,6 @@ func compile(cfg Config) (*state, error) {
 func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	if c, ok := l.(syscall.Conn); ok { // it may be one that another process made
-		if err := prepareListener(c); err != nil {
-			l.Close()
-			return fmt.Errorf("proxy: %w", err)
-		}
-	}
 	closed := make(chan struct{})
 	context.AfterFunc(ctx, func() {
 		defer close(closed)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"syscall"
 	"time"
@@ -39,7 +40,7 @@ func listenGate(ctx context.Context, service *systemd.Manager, address string) (
 }
 
 func listenProxy(ctx context.Context, service *systemd.Manager, at netip.AddrPort) (net.Listener, error) {
-	l, err := service.Listen("proxy", at.String(), nil, func() (net.Listener, error) { return proxy.Listen(ctx, at) })
+	l, err := service.Listen("proxy", at.String(), proxy.Prepare, func() (net.Listener, error) { return proxy.Listen(ctx, at) })
 	if err != nil {
 		return nil, err
 	}
@@ -49,10 +50,16 @@ func listenProxy(ctx context.Context, service *systemd.Manager, at netip.AddrPor
 // handTunnels has proxied connections outlive a restart, where somebody keeps them meanwhile.
 func handTunnels(service *systemd.Manager, forward *proxy.Server) error {
 	const in, out = "passage-in", "passage-out"
-	if a, b := service.Take(in), service.Take(out); a != nil && b != nil {
+	a, b := service.Take(in), service.Take(out)
+	if a != nil && b != nil {
 		if p, err := proxy.OpenPassage(a, b); err == nil {
 			forward.Hand(p)
 			return nil
+		}
+	}
+	for _, f := range []*os.File{a, b} { // what lies in them is reset with their end
+		if f != nil {
+			f.Close()
 		}
 	}
 	if !service.Stores() {
@@ -62,8 +69,8 @@ func handTunnels(service *systemd.Manager, forward *proxy.Server) error {
 	if err != nil {
 		return err
 	}
-	a, b := p.Ends()
-	if err := errors.Join(service.Drop(in), service.Drop(out), service.Store(in, a), service.Store(out, b)); err != nil {
+	near, far := p.Ends()
+	if err := errors.Join(service.Drop(in), service.Drop(out), service.Store(in, near), service.Store(out, far)); err != nil {
 		return err
 	}
 	forward.Hand(p)
