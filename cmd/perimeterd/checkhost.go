@@ -79,7 +79,7 @@ func checkPorts(ctx context.Context, c *configs.Config, running bool) (lines []l
 	})
 	if c.Gate.Kernel {
 		if err := gate.HasKernel(); err != nil {
-			lines = append(lines, line{"problem", "tunnel.backend", fmt.Sprintf(`the kernel makes no WireGuard device: %v: load its module by "modprobe wireguard", or write "userspace"`, err)})
+			lines = append(lines, line{"problem", "tunnel.backend", err.Error()})
 		} else {
 			lines = append(lines, line{"ok", "tunnel.backend", "the kernel's WireGuard: no handshake in the first flight, no way in for who has no UDP, no filter on its socket while the table is repaired"})
 		}

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -58,7 +59,10 @@ func HasKernel() error {
 		runtime.LockOSThread()
 		done <- tryKernel()
 	}()
-	return <-done
+	if err := <-done; err != nil {
+		return fmt.Errorf(`this kernel makes no WireGuard device: %w: load its module by "modprobe wireguard", or write "userspace"`, err)
+	}
+	return nil
 }
 
 // tryName is a device's that is there for a moment.
@@ -96,7 +100,7 @@ func openKernel(cfg Config, private session.Key) (_ *kernel, err error) {
 		}
 	}()
 	if err := HasKernel(); err != nil { // before the other backend's device is taken away
-		return nil, fmt.Errorf(`this kernel makes no WireGuard device: %w: load its module by "modprobe wireguard", or write "userspace"`, err)
+		return nil, err
 	}
 	if err := removeUnless("wireguard", cfg.Interface); err != nil {
 		return nil, err
@@ -137,13 +141,15 @@ func openKernel(cfg Config, private session.Key) (_ *kernel, err error) {
 const batch = 64
 
 func (k *kernel) add(list ...newcomer) error {
-	device, err := k.control.Device(k.name)
-	if err != nil {
-		return err
-	}
-	there := make(map[session.Key]struct{}, len(device.Peers))
-	for _, p := range device.Peers {
-		there[session.Key(p.PublicKey)] = struct{}{}
+	there := map[session.Key]struct{}{} // whose endpoint the kernel knows better
+	if slices.ContainsFunc(list, func(n newcomer) bool { return n.endpoint.IsValid() }) {
+		device, err := k.control.Device(k.name)
+		if err != nil {
+			return err
+		}
+		for _, p := range device.Peers {
+			there[session.Key(p.PublicKey)] = struct{}{}
+		}
 	}
 	var config []wgtypes.PeerConfig
 	for _, n := range list {
@@ -246,7 +252,7 @@ func (t *Tunnel) admitProven(ctx context.Context) {
 		case <-tick.C:
 		}
 		waiting, newest := t.inner.waiting()
-		if waiting == 0 || time.Since(newest) > proofPatience && time.Since(looked) < proofLater {
+		if len(waiting) == 0 || time.Since(newest) > proofPatience && time.Since(looked) < proofLater {
 			continue
 		}
 		looked = time.Now()
@@ -258,12 +264,9 @@ func (t *Tunnel) admitProven(ctx context.Context) {
 			}
 			continue
 		}
-		for key := range list {
-			t.mu.Lock()
-			p := t.peers[key]
-			t.mu.Unlock()
-			if p != nil {
-				t.inner.check(p.session.Address.As4())
+		for _, s := range waiting {
+			if _, proven := list[s.PublicKey]; proven {
+				t.inner.prove(s)
 			}
 		}
 	}

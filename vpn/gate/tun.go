@@ -1,6 +1,8 @@
 package gate
 
 import (
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -37,16 +39,19 @@ func (a *admitting) Write(bufs [][]byte, offset int) (int, error) {
 
 func (a *admitting) check(source [4]byte) {
 	a.mu.RLock()
-	_, ok := a.pending[source]
+	s, ok := a.pending[source]
 	a.mu.RUnlock()
-	if !ok {
-		return // someone else is pending
+	if ok { // else someone else is pending
+		a.prove(s)
 	}
+}
+
+// prove admits a session that is still pending, since its client holds its private key.
+func (a *admitting) prove(s session.Session) {
 	a.mu.Lock()
 	defer a.mu.Unlock() // held over admit: the session may not end between
-	s, ok := a.pending[source]
-	if ok && a.admit(s) {
-		delete(a.pending, source)
+	if p, ok := a.pending[s.Address.As4()]; ok && p.ID == s.ID && a.admit(s) {
+		delete(a.pending, s.Address.As4())
 		a.count.Store(int64(len(a.pending)))
 	}
 }
@@ -58,11 +63,11 @@ func (a *admitting) expect(s session.Session) {
 	a.count.Store(int64(len(a.pending)))
 }
 
-// waiting is how many are pending, and since when the newest is.
-func (a *admitting) waiting() (int, time.Time) {
+// waiting is who is pending, and since when the newest is.
+func (a *admitting) waiting() ([]session.Session, time.Time) {
 	a.mu.RLock()
 	defer a.mu.RUnlock()
-	return len(a.pending), a.newest
+	return slices.Collect(maps.Values(a.pending)), a.newest
 }
 
 func (a *admitting) forget(s session.Session) {

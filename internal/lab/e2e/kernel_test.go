@@ -25,7 +25,7 @@ func TestKernelBackendTakesOverAndBackOrSaysWhatIsMissing(t *testing.T) {
 			t.Fatal(err)
 		}
 		out, err := s.daemon.Perimeterd(s.ctx, "check")
-		if says := strings.Contains(out, "the kernel makes no WireGuard device"); says != (backend == "kernel" && has != nil) {
+		if says := strings.Contains(out, "this kernel makes no WireGuard device"); says != (backend == "kernel" && has != nil) {
 			t.Errorf("check with the backend %s: %v\n%s", backend, err, out)
 		}
 		return s.daemon.Start(s.ctx)
