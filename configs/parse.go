@@ -375,11 +375,12 @@ func (p *parser) endpoint(s string) (host string) {
 
 // SplitEndpoint checks HOST:PORT, host a name or an address, and returns the host.
 func SplitEndpoint(s string) (host string, err error) {
+	const want = ": want where clients find this host, HOST:PORT, as in bastion.example.com:1194"
 	bad := func(format string, a ...any) (string, error) {
-		return "", fmt.Errorf("%q: "+format+": want where clients find this host, HOST:PORT, as in bastion.example.com:1194", append([]any{s}, a...)...)
+		return "", fmt.Errorf("%q: "+format+want, append([]any{s}, a...)...)
 	}
 	if s == "" {
-		return "", errors.New(`"": want where clients find this host, HOST:PORT, as in bastion.example.com:1194`)
+		return "", errors.New(`""` + want)
 	}
 	if scheme, _, ok := strings.Cut(s, "://"); ok {
 		return bad("it is a URL: leave %s:// off", scheme)

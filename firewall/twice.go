@@ -19,7 +19,7 @@ func (l *openedLately) add(o Opening) {
 
 // doubles says whether o is a second copy of the datagram that opened.
 func (l *openedLately) doubles(o Opening) bool {
-	for _, first := range l.list {
+	for _, first := range l.list[:] {
 		if first.Token == o.Token && first.Source == o.Source && first.Port == o.Port && o.Port != 0 && o.At.Sub(first.At) < doubledWithin {
 			return true
 		}

@@ -56,7 +56,8 @@ func (s *Server) connect(l *link, h head, src *source) {
 		return
 	}
 	t.access, t.finish = a, s.finished
-	t.relay(src, fromServer)
+	t.start(src, fromServer)
+	t.up.run()
 }
 
 // finished is for a tunnel whose sockets are closed.

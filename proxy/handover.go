@@ -429,6 +429,7 @@ func (s *Server) resume(h handed, client, server int) bool {
 		return false
 	}
 	t.start(up, down)
+	go t.up.run()
 	return true
 }
 

@@ -257,24 +257,12 @@ func newTunnel(l *link, server *net.TCPConn) *tunnel {
 func (t *tunnel) upward() *flow   { return &t.up }
 func (t *tunnel) downward() *flow { return &t.down }
 
-// start relays. Each direction has a goroutine of its own, whose stack stays small, until it is silent and parks, or ends. Whichever
-// is last calls finish.
+// start relays downwards; its caller runs t.up, in a goroutine that it may lose. Each direction keeps its goroutine, whose stack stays
+// small, until it is silent and parks, or ends. Whichever is last calls finish.
 func (t *tunnel) start(fromClient, fromServer *source) {
-	t.prepare(fromClient, fromServer)
-	go t.up.run()
-	go t.down.run()
-}
-
-// relay is start with the caller's goroutine for the way up. It may return early.
-func (t *tunnel) relay(fromClient, fromServer *source) {
-	t.prepare(fromClient, fromServer)
-	go t.down.run()
-	t.up.run()
-}
-
-func (t *tunnel) prepare(fromClient, fromServer *source) {
 	t.up.src, t.down.src = fromClient, fromServer
 	t.left.Store(2)
+	go t.down.run()
 }
 
 // rest sends directions that have moved nothing since the last time to the parking.
