@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -97,13 +96,7 @@ func awsTunnel(ctx context.Context, p *client.Profile) (t awscred.Tunnel, err er
 	case !s.Proxy.IsValid():
 		return t, client.ErrDown
 	}
-	t.Env = client.Environment(s)
-	for _, e := range t.Env {
-		if proxy, ok := strings.CutPrefix(e, "HTTPS_PROXY="); ok {
-			t.Proxy = proxy
-		}
-	}
-	return t, nil
+	return awscred.Tunnel{Proxy: s.URL, Env: client.Environment(s)}, nil
 }
 
 // useAWSProfile makes the environment that of one AWS profile, whose credentials nothing inherited wins over; "" leaves it.

@@ -1,12 +1,9 @@
 package awscred
 
 import (
-	"context"
 	"fmt"
-	"net/http"
 	"slices"
 	"strings"
-	"time"
 )
 
 // Trouble is what would make AWS tools of an environment fail, or work with other credentials than their owner means.
@@ -86,31 +83,4 @@ func Check(environ []string) (list []Trouble) {
 		}
 	}
 	return list
-}
-
-// ClockOffset is how far this clock is ahead of AWS's, which refuses what is signed five minutes off, as the region's STS tells
-// the time through the proxy. The answer is good to a second.
-func ClockOffset(ctx context.Context, proxy, region string, now func() time.Time) (time.Duration, error) {
-	ctx, cancel := context.WithTimeout(ctx, askPatience)
-	defer cancel()
-	t, err := newTransport(proxy)
-	if err != nil {
-		return 0, err
-	}
-	defer t.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodHead, "https://sts."+region+".amazonaws.com/", nil)
-	if err != nil {
-		return 0, err
-	}
-	sent := now()
-	resp, err := t.RoundTrip(req)
-	if err != nil {
-		return 0, err
-	}
-	resp.Body.Close()
-	theirs, err := http.ParseTime(resp.Header.Get("Date"))
-	if err != nil {
-		return 0, fmt.Errorf("%s does not say what time it is", req.URL.Host)
-	}
-	return (sent.Sub(theirs) + now().Sub(theirs)) / 2, nil
 }

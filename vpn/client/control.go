@@ -148,9 +148,7 @@ func (s *Server) Serve(ctx context.Context, ready func(Status)) error {
 			s.Keeper.Progress(told)
 		}
 	}
-	if s.local, err = newLocal(port, s.Keeper, false); err != nil {
-		return err
-	}
+	s.local = newLocal(port, s.Keeper, false)
 	s.change, s.ready, s.ended = make(chan struct{}), make(chan struct{}), make(chan struct{})
 	var talks sync.WaitGroup
 	// The last holder's end leaves the session standing for the next one; somebody's word ends it.
@@ -311,11 +309,7 @@ func (s *Server) talk(ctx context.Context, c net.Conn, leave, end func()) {
 			answer(err)
 			return
 		}
-		own, err := newLocal(l, s.Keeper, true)
-		if err != nil {
-			answer(err)
-			return
-		}
+		own := newLocal(l, s.Keeper, true)
 		var serving sync.WaitGroup
 		serving.Go(func() { own.run(gone) })
 		defer func() { leaving(); serving.Wait() }()

@@ -41,10 +41,7 @@ func TestStrangersTakeNoPlacesOfTheOwner(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s, err := newLocal(l, &Keeper{Options: Options{Log: slog.New(slog.DiscardHandler)}}, asked)
-		if err != nil {
-			t.Fatal(err)
-		}
+		s := newLocal(l, &Keeper{Options: Options{Log: slog.New(slog.DiscardHandler)}}, asked)
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan struct{})
 		go func() { s.run(ctx); close(ended) }()

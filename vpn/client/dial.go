@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	// patience is how long the token may bring no answer before it is sent again, and the sequence is knocked.
+	// patience is how long the token, sent again meanwhile, may bring no answer before it goes out once more and the sequence is knocked.
 	patience = 400 * time.Millisecond
 	// again is the pause between two knocks by token from then on.
 	again = time.Second

@@ -23,7 +23,7 @@ type Doctor struct {
 	report   Report
 	severity string         // of what is wrong with the endpoint that is tried
 	gate     netip.AddrPort // that answered
-	up       bool           // the tunnel is
+	proxies  []string       // that lead into the tunnel; none: it is down
 	doubt    bool           // the gate opened, and not to the token: does UDP pass?
 }
 
@@ -114,7 +114,7 @@ func (d *Doctor) Examine(ctx context.Context) Report {
 	tokens := d.state()
 	d.way(ctx, tokens)
 	d.inside(ctx)
-	for _, f := range append(environment(d.Environ, d.proxyURLs(ctx)...), plainKeys(d.Environ)...) {
+	for _, f := range append(environment(d.Environ, d.proxies...), plainKeys(d.Environ)...) {
 		d.found(f.Status, f.Step, f.Code, f.Text, f.Fix)
 	}
 	for _, f := range d.report.Findings {

@@ -45,7 +45,10 @@ func (d *Doctor) inside(ctx context.Context) {
 	if proxy == nil {
 		return
 	}
-	d.up = true
+	d.proxies = []string{proxy.String()}
+	if s.Mode == ModeTUN {
+		d.proxies = append(d.proxies, "http://"+s.Proxy.String())
+	}
 	asking, cancel = context.WithTimeout(ctx, proxyPatience)
 	_, err = FetchPAC(asking, s) // the listener here answers without a tunnel too; what the bastion says has come through it
 	cancel()
@@ -70,31 +73,8 @@ func proxyOf(s Status) *url.URL {
 	if !s.Proxy.IsValid() {
 		return nil
 	}
-	for _, e := range Environment(s) {
-		if v, ok := strings.CutPrefix(e, "https_proxy="); ok {
-			u, _ := url.Parse(v)
-			return u
-		}
-	}
-	return nil
-}
-
-// proxyURLs are what the environment may have: the listener here, and where there is a device the bastion's proxy itself. None
-// while the tunnel is down.
-func (d *Doctor) proxyURLs(ctx context.Context) (urls []string) {
-	if !d.up {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, gatePatience)
-	defer cancel()
-	s, err := AskStatus(ctx, d.Profile)
-	if u := proxyOf(s); err == nil && u != nil {
-		urls = append(urls, u.String())
-	}
-	if err == nil && s.Mode == ModeTUN && s.Proxy.IsValid() {
-		urls = append(urls, "http://"+s.Proxy.String())
-	}
-	return urls
+	u, _ := url.Parse(s.URL)
+	return u
 }
 
 // proxyRefusal is the proxy's answer to a CONNECT, if that is not yes.

@@ -77,7 +77,7 @@ func become(uid, gid int, groups []int) error {
 	if err != nil {
 		return err
 	}
-	admin := have[0].Permitted & (1 << unix.CAP_NET_ADMIN) // a container may have none: then CheckDevice says so
+	admin := have[0].Permitted & (1 << unix.CAP_NET_ADMIN) // a container may have none: then the tunnel is rootless
 	if err := setCapabilities(admin); err != nil || admin == 0 {
 		return err
 	}

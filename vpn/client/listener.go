@@ -52,7 +52,7 @@ type Local struct {
 
 // newLocal serves l. With asked, every request must carry the credential, whoever sends it; else it must where the system does
 // not tell whose connection it is.
-func newLocal(l net.Listener, k *Keeper, asked bool) (*Local, error) {
+func newLocal(l net.Listener, k *Keeper, asked bool) *Local {
 	secret := make([]byte, 16)
 	rand.Read(secret)
 	login := loginName + ":" + fmt.Sprintf("%x", secret)
@@ -63,19 +63,20 @@ func newLocal(l net.Listener, k *Keeper, asked bool) (*Local, error) {
 		return k.Dial(ctx, proxy)
 	}}
 	var err error
-	if s.owners, err = newOwners(); err == nil && !asked {
-		err = s.tryOwners()
-	}
+	s.owners, err = newOwners()
 	if asked {
-		return s, nil
+		return s
+	}
+	if err == nil {
+		err = s.tryOwners()
 	}
 	if err != nil {
 		s.log.Warn("the local listener asks for its credential: `vpn env` has it", "error", err)
 		s.owners = nil
-		return s, nil
+		return s
 	}
 	s.url = "http://" + s.at.String()
-	return s, nil
+	return s
 }
 
 // tryOwners finds out on a connection of our own whether the kernel tells whose it is: some have no sock_diag.

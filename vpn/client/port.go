@@ -1,7 +1,6 @@
 package client
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -45,11 +44,11 @@ func listenLocal(p *Profile) (l net.Listener, lost int, err error) {
 			ports = append(ports, port)
 		}
 	}
-	var errs error
+	var last error
 	for _, port := range ports {
 		l, err := net.Listen("tcp4", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
 		if err != nil {
-			errs = errors.Join(errs, err)
+			last = err
 			continue
 		}
 		if port != own {
@@ -61,7 +60,7 @@ func listenLocal(p *Profile) (l net.Listener, lost int, err error) {
 		}
 		return l, lost, nil
 	}
-	return nil, 0, fmt.Errorf("local listener: none of %d ports from %d is free: %w", len(ports), firstPort, errs)
+	return nil, 0, fmt.Errorf("local listener: none of %d ports from %d on 127.0.0.1 can be had: end a program that listens on one of them: %w", len(ports), firstPort, last)
 }
 
 // readPort returns 0 where a file holds no port.

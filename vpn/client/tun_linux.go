@@ -14,20 +14,14 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 )
 
-// CheckDevice says whether this process may make a tunnel device. Where it may not, a netstack does.
-func CheckDevice() error {
+// mayMakeDevice says whether this process may make a tunnel device. Where it may not, a netstack does.
+func mayMakeDevice() bool {
 	have, err := capabilities()
-	if err != nil {
-		return err
-	}
-	if have[0].Effective&(1<<unix.CAP_NET_ADMIN) == 0 {
-		return errors.New(`a tunnel device needs CAP_NET_ADMIN: run it with sudo, or once: sudo setcap cap_net_admin+ep "$(command -v vpn)"`)
+	if err != nil || have[0].Effective&(1<<unix.CAP_NET_ADMIN) == 0 {
+		return false
 	}
 	f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
-	if err != nil {
-		return fmt.Errorf("tunnel device: %w", err)
-	}
-	return f.Close()
+	return err == nil && f.Close() == nil
 }
 
 // systemTUN is a Link of the operating system's: every process of the machine reaches the proxy through it.

@@ -393,11 +393,16 @@ func (t *Tunnel) Stats() (s Stats) {
 // revive knocks and shakes hands again, in one flight and from the tunnel's socket: the gate follows the tunnel to where
 // this machine is now, and connections inside it live on.
 func (t *Tunnel) revive(tokens *Tokens, tunnelPort uint16) error {
+	return errors.Join(t.knock(tokens, tunnelPort), t.rekey()) // the gate lets a new place stay by a handshake alone
+}
+
+// knock sends the token of now, the same one again while it is of now.
+func (t *Tunnel) knock(tokens *Tokens, tunnelPort uint16) error {
 	token, err := tokens.Repeated(t.Gate.Addr(), time.Now())
-	if err == nil {
-		err = t.wire.token(token[:], netip.AddrPortFrom(t.Gate.Addr(), tunnelPort))
+	if err != nil {
+		return err
 	}
-	return errors.Join(err, t.rekey()) // the gate lets a new place stay by a handshake alone
+	return t.wire.token(token[:], netip.AddrPortFrom(t.Gate.Addr(), tunnelPort))
 }
 
 // initiateAgain says whether the device made an initiation: under five seconds after the last one it makes none.
@@ -462,9 +467,7 @@ func (t *Tunnel) rekey() error {
 
 // tryUDP knocks, and shakes hands by UDP alone: an answer makes it the way.
 func (t *Tunnel) tryUDP(tokens *Tokens, tunnelPort uint16) {
-	if token, err := tokens.Repeated(t.Gate.Addr(), time.Now()); err == nil {
-		_ = t.wire.token(token[:], netip.AddrPortFrom(t.Gate.Addr(), tunnelPort)) // the window may be open without
-	}
+	_ = t.knock(tokens, tunnelPort) // the window may be open without
 	t.wire.trying.Store(true)
 	defer t.wire.trying.Store(false)
 	_ = t.peer.SendHandshakeInitiation(false) // the next try comes

@@ -132,7 +132,7 @@ func (t *Tunnel) warm(ctx context.Context, o Options, k *kept) (bool, error) {
 	t.wire.gate.Store(&t.Gate)
 	t.peer.SetEndpointFromPacket(t.endpoint)
 	began := time.Now()
-	t.knock(o) // where it cannot, the window may be open
+	_ = t.knock(o.Tokens, o.Profile.TunnelPort) // where it cannot, the window may be open
 	if err := t.peer.SendHandshakeInitiation(false); err != nil {
 		return false, nil // no network, it seems: the longer way says so
 	}
@@ -153,15 +153,9 @@ func (t *Tunnel) warm(ctx context.Context, o Options, k *kept) (bool, error) {
 	}
 	// The knock was lost, or the answer. A token that came already opens nothing more, so the same may go again; not before, or
 	// the gate would tell of a replay whenever the way is long.
-	t.knock(o)
+	_ = t.knock(o.Tokens, o.Profile.TunnelPort)
 	_ = t.rekey()
 	return false, nil
-}
-
-func (t *Tunnel) knock(o Options) {
-	if token, err := o.Tokens.Repeated(t.Gate.Addr(), time.Now()); err == nil {
-		_ = t.wire.token(token[:], netip.AddrPortFrom(t.Gate.Addr(), o.Profile.TunnelPort))
-	}
 }
 
 // welcome is what is left to do when the kept session has answered.

@@ -200,14 +200,14 @@ func (g *Gate) beginSession(req vpn.SessionRequest, id identity.Identity, source
 	return s, nil
 }
 
-// find is the caller's session of the path. Someone else's does not exist for him.
-func (g *Gate) find(r *http.Request, id identity.Identity) (session.Session, error) {
-	if sid, err := session.ParseID(r.PathValue("id")); err == nil {
+// find is the caller's session of that name. Someone else's does not exist for him.
+func (g *Gate) find(name string, id identity.Identity) (session.Session, error) {
+	if sid, err := session.ParseID(name); err == nil {
 		if s, ok := g.store.Get(sid); ok && s.Certificate == id.Certificate {
 			return s, nil
 		}
 	}
-	return session.Session{}, &vpn.APIError{Code: vpn.CodeNotFound, Message: fmt.Sprintf("no session %q of yours", r.PathValue("id")), Fix: "GET " + vpn.SessionPath + " lists yours"}
+	return session.Session{}, &vpn.APIError{Code: vpn.CodeNotFound, Message: fmt.Sprintf("no session %q of yours", name), Fix: "GET " + vpn.SessionPath + " lists yours"}
 }
 
 func (g *Gate) list(w http.ResponseWriter, _ *http.Request, id identity.Identity) error {
@@ -219,7 +219,7 @@ func (g *Gate) list(w http.ResponseWriter, _ *http.Request, id identity.Identity
 }
 
 func (g *Gate) get(w http.ResponseWriter, r *http.Request, id identity.Identity) error {
-	s, err := g.find(r, id)
+	s, err := g.find(r.PathValue("id"), id)
 	if err != nil {
 		return err
 	}
@@ -227,7 +227,7 @@ func (g *Gate) get(w http.ResponseWriter, r *http.Request, id identity.Identity)
 }
 
 func (g *Gate) delete(w http.ResponseWriter, r *http.Request, id identity.Identity) error {
-	s, err := g.find(r, id)
+	s, err := g.find(r.PathValue("id"), id)
 	if err != nil {
 		return err
 	}
@@ -239,7 +239,7 @@ func (g *Gate) delete(w http.ResponseWriter, r *http.Request, id identity.Identi
 }
 
 func (g *Gate) wgQuick(w http.ResponseWriter, r *http.Request, id identity.Identity) error {
-	s, err := g.find(r, id)
+	s, err := g.find(r.PathValue("id"), id)
 	if err == nil {
 		err = sameStrength(s, r)
 	}

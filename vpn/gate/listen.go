@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"perimeterd/vpn"
+
 	"golang.org/x/time/rate"
 )
 
@@ -56,7 +58,9 @@ func (l *capped) Accept() (net.Conn, error) {
 			if t, ok := c.(*net.TCPConn); ok { // requests and answers are small; a caller who reads nothing is felt soon
 				t.SetReadBuffer(socketBuffer)
 				t.SetWriteBuffer(socketBuffer)
-				impatient(t)
+				if raw, err := t.SyscallConn(); err == nil {
+					_ = vpn.Impatient(raw)
+				}
 			}
 			return &counted{Conn: c, list: l, known: l.callers, source: source}, nil
 		}

@@ -125,8 +125,7 @@ func (g *Gate) streamed(r *http.Request, id identity.Identity) (s session.Sessio
 	own := g.store.Of(id.Certificate)
 	switch name := r.URL.Query().Get("session"); {
 	case name != "":
-		r.SetPathValue("id", name)
-		if s, err = g.find(r, id); err != nil {
+		if s, err = g.find(name, id); err != nil {
 			return s, err
 		}
 	case len(own) == 1:
