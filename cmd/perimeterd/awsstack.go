@@ -57,7 +57,7 @@ In each, --account is the other account. The template goes to stdout, warnings a
 	f.StringVar(&o.Policy, "policy", "PowerUserAccess", "what the role may: the `NAME|ARN` of a managed policy")
 	f.StringSliceVar(&o.Users, "user", nil, "a user's `NAME`")
 	f.StringSliceVar(&o.VPCs, "vpc", nil, "`ID` of a VPC whose endpoints are a way in too")
-	f.StringArrayVar(&o.BreakGlass, "break-glass", nil, "`ARN` of a user of the Bastion account that the guards spare")
+	f.StringArrayVar(&o.BreakGlass, "break-glass", nil, "`ARN` of a user of the Bastion account who may work without a guard")
 	f.StringSliceVar(&egress, "egress", nil, "what AWS sees of the bastion, a `CIDR` (default: as it is configured)")
 	f.BoolVar(&terraform, "terraform", false, "print HCL for Terraform instead")
 	return cmd

@@ -122,8 +122,8 @@ func TestKindsKeepTheirPromises(t *testing.T) {
 	}
 	corp := map[string][]string{"SAML:aud": {"https://signin.aws.amazon.com/saml"}, "token.actions.githubusercontent.com:aud": nil, "token.actions.githubusercontent.com:sub": nil}
 	stranger := map[string][]string{"SAML:aud": nil, "token.actions.githubusercontent.com:aud": nil, "token.actions.githubusercontent.com:sub": nil}
-	spare := func(kind string) File {
-		return of(policy(t, kind, func(o *Options) { o.BreakGlass = []string{rescue} }))
+	spare := func(kind string, who ...string) File {
+		return of(policy(t, kind, func(o *Options) { o.BreakGlass = append(who, rescue)[:1] }))
 	}
 	service := []File{of(policy(t, "service-account", nil)), all}
 	revoked := []File{all, of(policy(t, "revoke-sessions", nil))}
@@ -148,7 +148,7 @@ func TestKindsKeepTheirPromises(t *testing.T) {
 		{"on another role they do not", Set{Identity: []File{of(policy(t, "bastion-user", nil))}, Resource: trust}, Caller{Principal: alice, From: atHome, MFA: true, Issued: session, Set: stranger}, "sts:AssumeRole", role + "2", false},
 
 		{"the break-glass user is spared by user-guard", Set{Identity: []File{all, spare("user-guard")}}, Caller{Principal: rescue, From: stolen}, "iam:PutRolePolicy", role, true},
-		{"by role-guard", Set{Identity: []File{all, spare("role-guard")}}, Caller{Principal: rescue, From: stolen}, "iam:PutRolePolicy", role, true},
+		{"the role by role-guard", Set{Identity: []File{all, spare("role-guard", role)}}, Caller{Principal: role, From: stolen, Issued: session}, "iam:PutRolePolicy", role, true},
 		{"by scp-guard", Set{SCP: []File{spare("scp-guard")}}, Caller{Principal: rescue, From: stolen}, "iam:PutRolePolicy", role, true},
 		{"by scp-no-iam-users", Set{SCP: []File{spare("scp-no-iam-users")}}, Caller{Principal: rescue, From: stolen}, "iam:CreateAccessKey", rescue, true},
 		{"nobody else is", Set{Identity: []File{all, spare("user-guard")}}, Caller{Principal: rescue + "2", From: stolen}, "iam:PutRolePolicy", role, false},
@@ -229,6 +229,9 @@ func TestReviewFindsTheMistakes(t *testing.T) {
 	saved := func(kind string) File {
 		return of(policy(t, kind, func(o *Options) {
 			o.VPCs, o.BreakGlass = []string{"vpc-0123456789abcdef0"}, []string{rescue}
+			if kind == "role-guard" {
+				o.BreakGlass = []string{role + "-rescue"}
+			}
 		}))
 	}
 	for name, s := range map[string]Set{

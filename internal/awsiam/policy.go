@@ -154,10 +154,13 @@ func Make(name string, o Options) (Policy, error) {
 		if err := checkPrincipal("--break-glass", s, strings.HasPrefix(name, "scp-"), "role", "user", "root"); err != nil {
 			return Policy{}, err
 		}
+		if a, ok := parseARN(s); ok && name == "role-guard" && !strings.HasPrefix(a.resource, "role/") {
+			return Policy{}, fmt.Errorf("--break-glass %q: on a role the caller is the role, whoever became it, so this spares nobody: "+
+				"name a role, as in arn:aws:iam::111122223333:role/%s, or leave it off", s, breakGlassRole)
+		}
 	}
 	if slices.Contains(k.takes, "break-glass") && len(o.BreakGlass) == 0 {
-		p.Warnings = append(p.Warnings, "NO BREAK-GLASS: with this guard everywhere and the bastion dead, nobody may move its address: "+
-			"name an identity that it spares with --break-glass ARN, and keep its keys in a safe")
+		p.Warnings = append(p.Warnings, noBreakGlass)
 	}
 	statements, err := k.make(o)
 	if err != nil {
@@ -169,6 +172,9 @@ func Make(name string, o Options) (Policy, error) {
 	}
 	return p, nil
 }
+
+const noBreakGlass = "NO BREAK-GLASS: with this guard everywhere and the bastion dead, nobody may move its address: " +
+	"name an identity that it spares with --break-glass ARN, and keep its keys in a safe"
 
 // SessionPin is the session policy that AssumeRole is given, in one line.
 func SessionPin(egress []netip.Prefix) (string, error) {

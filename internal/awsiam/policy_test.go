@@ -103,6 +103,7 @@ func TestBadOptionsAreNamedWithTheWayOut(t *testing.T) {
 		{"no ARN", "bastion-user", func(o *Options) { o.Roles = []string{"PowerUser"} }, `--role "PowerUser": not an ARN`},
 		{"a session to spare", "role-guard", func(o *Options) { o.BreakGlass = []string{"arn:aws:sts::111122223333:assumed-role/x/y"} }, "a session, and the next has another ARN"},
 		{"all to spare", "role-guard", func(o *Options) { o.BreakGlass = []string{"arn:aws:iam::111122223333:user/*"} }, "a wildcard"},
+		{"a user to spare on a role", "role-guard", func(o *Options) { o.BreakGlass = []string{alice} }, `--break-glass "` + alice + `": on a role the caller is the role`},
 		{"a bucket to spare", "scp-guard", func(o *Options) { o.BreakGlass = []string{"arn:aws:s3:::x"} }, "not an identity in IAM"},
 		{"every account's", "user-guard", func(o *Options) { o.BreakGlass = []string{"arn:aws:iam::*:role/x"} }, `account "*" is not 12 digits`},
 		{"trusting nobody", "role-trust", func(o *Options) { o.Users = nil }, "role-trust names nobody"},

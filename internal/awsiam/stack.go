@@ -65,12 +65,11 @@ func MakeStack(name string, o StackOptions) (s Stack, err error) {
 		return made.Document
 	}
 	prefix := "arn:aws:iam::" + o.Account + ":"
-	guard := Options{Egress: o.Egress, VPCs: o.VPCs, BreakGlass: o.BreakGlass}
 	if name == "bastion" {
 		s.group = []inline{
 			{"assume", policy("bastion-user", Options{Egress: o.Egress, Roles: []string{prefix + "role/" + o.Role}})},
 			{"mfa", policy("mfa", Options{})},
-			{"guard", policy("user-guard", guard)},
+			{"guard", policy("user-guard", Options{Egress: o.Egress, VPCs: o.VPCs, BreakGlass: o.BreakGlass})},
 		}
 		s.keeper = inline{"break-glass", Document{Version: version, Statement: []Statement{{Sid: "BreakGlass", Effect: "Allow",
 			Action: Values{"sts:AssumeRole"}, Resource: Values{prefix + "role/" + breakGlassRole}}}}}
@@ -91,8 +90,9 @@ func MakeStack(name string, o StackOptions) (s Stack, err error) {
 			users = append(users, prefix+"user/"+u)
 		}
 		s.roles = []stackRole{{"Role", o.Role, "What people do their work as, from the bastion only", o.Policy,
-			policy("role-trust", Options{Egress: o.Egress, Users: users}), &inline{"perimeter-guard", policy("role-guard", guard)}}}
-		if len(o.BreakGlass) > 0 {
+			policy("role-trust", Options{Egress: o.Egress, Users: users}), &inline{"perimeter-guard", policy("role-guard", Options{Egress: o.Egress, VPCs: o.VPCs})}}}
+		if len(o.BreakGlass) > 0 { // the guard spares nobody: another role has none
+			s.Warnings = slices.DeleteFunc(s.Warnings, func(w string) bool { return w == noBreakGlass })
 			s.roles = append(s.roles, stackRole{"BreakGlass", breakGlassRole, "For the day the bastion is dead: from anywhere, with MFA", "arn:aws:iam::aws:policy/AdministratorAccess",
 				Document{Version: version, Statement: []Statement{{Sid: "BreakGlass", Effect: "Allow", Principal: Principal{"AWS": o.BreakGlass}, Action: Values{"sts:AssumeRole"},
 					Condition: Condition{"Bool": {"aws:MultiFactorAuthPresent": {"true"}}}}}}, nil})

@@ -269,7 +269,7 @@ func (g generator) kind(kinds ...string) (awsiam.File, error) {
 		o.VPCs = []string{vpc}
 	}
 	if strings.HasSuffix(kind, "-guard") && g.IntN(2) == 0 {
-		o.BreakGlass = []string{rescue}
+		o.BreakGlass = []string{map[bool]string{true: target, false: rescue}[kind == "role-guard"]}
 	}
 	switch kind {
 	case "bastion-user":
