@@ -4,11 +4,13 @@ package lab
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/net/ipv4"
@@ -53,13 +55,21 @@ type Knocker struct {
 	in       *ipv4.RawConn
 	received sync.WaitGroup
 
+	opens atomic.Uint32 // how many Opens there were: the sequence number of the SYNs of each
+
 	mu      sync.Mutex
-	expects map[netip.Addr]chan<- uint16 // by the source of the SYNs: the ports that were answered
+	expects map[netip.Addr]expectation // by the source of the SYNs
+}
+
+// expectation is what somebody waits for: answers to SYNs of one sequence number. Others are late, of what was sent before.
+type expectation struct {
+	seq      uint32
+	answered chan<- uint16 // the ports
 }
 
 // NewKnocker makes one at the client.
 func (l *Lab) NewKnocker() (*Knocker, error) {
-	k := &Knocker{ns: l.Client, expects: map[netip.Addr]chan<- uint16{}}
+	k := &Knocker{ns: l.Client, expects: map[netip.Addr]expectation{}}
 	var err error
 	// Of protocol 255 (IPPROTO_RAW) whatever is written holds its own IP header; raw(7).
 	if k.out, err = l.Client.ListenPacket("ip4:255", "0.0.0.0"); err != nil {
@@ -95,20 +105,23 @@ func (k *Knocker) receive() {
 		}
 		to, _ := netip.AddrFromSlice(h.Dst.To4())
 		k.mu.Lock()
-		answered := k.expects[to]
+		e := k.expects[to]
 		k.mu.Unlock()
+		if binary.BigEndian.Uint32(tcp[8:]) != e.seq+1 {
+			continue
+		}
 		select {
-		case answered <- uint16(tcp[2])<<8 | uint16(tcp[3]):
+		case e.answered <- uint16(tcp[2])<<8 | uint16(tcp[3]):
 		default: // nobody asked, or he knows enough
 		}
 	}
 }
 
-// Expect gives the source ports of SYNs from an address that are answered, until forget is called.
-func (k *Knocker) Expect(source netip.Addr) (answered <-chan uint16, forget func()) {
+// Expect gives the source ports of SYNs of sequence number seq from an address that are answered, until forget is called.
+func (k *Knocker) Expect(source netip.Addr, seq uint32) (answered <-chan uint16, forget func()) {
 	c := make(chan uint16, 64)
 	k.mu.Lock()
-	k.expects[source] = c
+	k.expects[source] = expectation{seq, c}
 	k.mu.Unlock()
 	return c, func() {
 		k.mu.Lock()
@@ -142,14 +155,21 @@ func (k *Knocker) Open(ctx context.Context, source netip.Addr, behind netip.Addr
 	if len(knock.Packets) == 0 || pace <= 0 || patience/pace > 50000 {
 		return o, fmt.Errorf("knock of %d packets, a SYN each %v for %v: want a packet, a pace, and at most 50000 SYNs", len(knock.Packets), pace, patience)
 	}
-	answered, forget := k.Expect(source)
+	seq := k.opens.Add(1)
+	answered, forget := k.Expect(source, seq)
 	defer forget()
+	syn := func(port uint16) error {
+		p := SYN4(netip.AddrPortFrom(source, port), behind)
+		binary.BigEndian.PutUint32(p[ipv4Header+4:], seq)
+		seal4(p)
+		return k.Send(p, behind.Addr())
+	}
 	// A thread of its own, whose sleeps may be made exact without leaving a trace.
 	err = k.ns.Do(func() error {
 		if err := unix.Prctl(unix.PR_SET_TIMERSLACK, 1, 0, 0, 0); err != nil {
 			return fmt.Errorf("timer slack: %w", err)
 		}
-		if err := k.Send(SYN4(netip.AddrPortFrom(source, firstPort-1), behind), behind.Addr()); err != nil {
+		if err := syn(firstPort - 1); err != nil {
 			return err
 		}
 		sleepUntil(time.Now().Add(max(knock.Gap, time.Millisecond)))
@@ -175,7 +195,7 @@ func (k *Knocker) Open(ctx context.Context, source netip.Addr, behind netip.Addr
 		}
 		for ctx.Err() == nil && time.Since(last) < patience {
 			sent = append(sent, time.Now())
-			if err := k.Send(SYN4(netip.AddrPortFrom(source, firstPort+uint16(len(sent)-1)), behind), behind.Addr()); err != nil {
+			if err := syn(firstPort + uint16(len(sent)-1)); err != nil {
 				return err
 			}
 			next := sent[len(sent)-1].Add(pace)

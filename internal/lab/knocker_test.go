@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -52,9 +53,21 @@ func TestKnockerTellsWhetherAKnockOpened(t *testing.T) {
 		// Its answer comes while the knock waits, so that it is seen.
 		again := knock(from, "1234567")
 		again.Packets, again.Gap = append(again.Packets, again.Packets[0]), 200*time.Millisecond
+		// Nor is an answer that is late, to a SYN of another knock, taken for one of its own.
+		var late sync.WaitGroup
+		late.Go(func() {
+			for range 100 {
+				if err := k.Send(SYN4(netip.AddrPortFrom(from, firstPort+50), behind), l.Bastion.Addr); err != nil {
+					t.Error(err)
+					return
+				}
+				time.Sleep(time.Millisecond)
+			}
+		})
 		if _, err := k.Open(t.Context(), from, behind, again, time.Millisecond, 5*time.Second); !errors.Is(err, ErrOpenBefore) {
 			t.Errorf("a second knock of %v: %v, want %v", from, err, ErrOpenBefore)
 		}
+		late.Wait()
 		from = next()
 		if o, err := k.Open(t.Context(), from, behind, knock(from, "123456"), time.Millisecond, 50*time.Millisecond); err != nil || o.Opened {
 			t.Errorf("a bad knock of %v: %+v, %v", from, o, err)

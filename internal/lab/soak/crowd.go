@@ -108,7 +108,7 @@ func (c *crowd) batch(ctx context.Context, size int) error {
 			v.knock = c.users.SequenceKnock(v.source, c.to)
 			c.tally.sequences++
 		}
-		v.answered, v.forget = c.k.Expect(v.source)
+		v.answered, v.forget = c.k.Expect(v.source, 0)
 		visitors, rounds = append(visitors, v), max(rounds, len(v.knock.Packets))
 		if err := syn(v, before); err != nil {
 			return err
