@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"net/netip"
 
 	"github.com/spf13/cobra"
@@ -9,7 +10,14 @@ import (
 )
 
 func newAWSCommand() *cobra.Command {
-	c := &cobra.Command{Use: "aws", Short: "AWS's side of the egress address: policies, stacks, and what a policy leaves open"}
+	c := &cobra.Command{
+		Use:   "aws",
+		Short: "AWS's side of the egress address: policies, stacks, and what a policy leaves open",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			return usageError{errors.New("aws: policy, stack or test?\nhint: `perimeterd aws --help` shows how it is used")}
+		},
+	}
 	configured := func() ([]netip.Prefix, error) {
 		cfg, err := loadConfig(c)
 		if err != nil {
