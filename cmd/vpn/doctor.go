@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -26,6 +27,10 @@ func doctorCommand(load func() (*client.Profile, error)) *cobra.Command {
 			"Exit status: 0 all is well (there may be warnings), 1 something is not, 2 the command line is wrong.",
 		Example: "  vpn doctor\n  vpn doctor s3.us-east-1.amazonaws.com     why is this one not reached?",
 		RunE: func(_ *cobra.Command, args []string) error {
+			destinations, err := destinations(args)
+			if err != nil {
+				return err
+			}
 			p, err := load()
 			if err != nil {
 				return err
@@ -34,13 +39,7 @@ func doctorCommand(load func() (*client.Profile, error)) *cobra.Command {
 			defer stop()
 			ctx, cancel := context.WithTimeout(ctx, timeout)
 			defer cancel()
-			d := client.Doctor{Profile: p, Now: time.Now, Environ: os.Environ(), Echo: echo}
-			for _, a := range args {
-				if _, _, err := net.SplitHostPort(a); err != nil {
-					a = net.JoinHostPort(strings.Trim(a, "[]"), "443")
-				}
-				d.Destinations = append(d.Destinations, a)
-			}
+			d := client.Doctor{Profile: p, Now: time.Now, Environ: os.Environ(), Echo: echo, Destinations: destinations}
 			if !asJSON {
 				d.Found = func(f client.Finding) { fmt.Println(f) }
 			}
@@ -71,4 +70,20 @@ func doctorCommand(load func() (*client.Profile, error)) *cobra.Command {
 	c.Flags().DurationVar(&timeout, "timeout", timeout, "give up after so long")
 	c.Flags().StringVar(&echo, "echo", echo, "`URL` that answers with the address it sees")
 	return c
+}
+
+// destinations gives each HOST[:PORT] its port.
+func destinations(args []string) ([]string, error) {
+	var all []string
+	for _, a := range args {
+		host, port, err := net.SplitHostPort(a)
+		if err != nil {
+			host, port = strings.Trim(a, "[]"), "443"
+		}
+		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 || host == "" || strings.ContainsAny(host, " \t\r\n/@?#[]") {
+			return nil, usageError{fmt.Errorf("%q: want HOST or HOST:PORT, as in s3.us-east-1.amazonaws.com or 198.51.100.7:8443", a)}
+		}
+		all = append(all, net.JoinHostPort(host, port))
+	}
+	return all, nil
 }

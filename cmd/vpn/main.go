@@ -210,6 +210,12 @@ func useCommand() *cobra.Command {
 			names, _ := client.Names()
 			return names, cobra.ShellCompDirectiveNoFileComp
 		},
-		RunE: func(_ *cobra.Command, args []string) error { return client.Use(args[0]) },
+		RunE: func(_ *cobra.Command, args []string) error {
+			if err := client.Use(args[0]); err != nil {
+				return err
+			}
+			fmt.Printf("%s is the default profile\n", args[0])
+			return nil
+		},
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 )
 
@@ -26,11 +27,14 @@ type Enrolment struct {
 	Fresh   bool   // the key was made by this call, and did not wait already
 }
 
+// nameForm is that of users and devices of the built-in CA, which is what a request goes to.
+var nameForm = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
+
 // Enroll makes a key, and a request for its certificate. A key that waits already is asked for again.
 func Enroll(user, device string) (*Enrolment, error) {
 	for what, name := range map[string]string{"user": user, "device": device} {
-		if name != "" && !safeName(name) || what == "user" && name == "" {
-			return nil, fmt.Errorf("%s %q: want 1 to 64 letters, digits and . _ @ + -, not beginning with . or -", what, name)
+		if !nameForm.MatchString(name) && (what == "user" || name != "") {
+			return nil, fmt.Errorf("%s %q: want 1 to 64 of a-z 0-9 . _ - with a letter or digit first", what, name)
 		}
 	}
 	dir, err := makeDir()
