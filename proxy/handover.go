@@ -389,6 +389,7 @@ func (s *Server) resume(h handed, client, server int) bool {
 	l := &link{source: a.Source, client: cc, began: h.Accepted, who: identity{session: a.Session, user: a.User, device: a.Device}}
 	t := newTunnel(l, sc)
 	t.parking, t.access, t.finish = s.parking, &a, s.finished
+	t.lull = s.state.Load().Idle // the kernel knows
 	t.up.moved.Store(a.Up)
 	t.down.moved.Store(a.Down)
 	for i, f := range []*flow{&t.up, &t.down} {
@@ -428,8 +429,7 @@ func (s *Server) resume(h handed, client, server int) bool {
 		s.finished(t)
 		return false
 	}
-	t.start(up, down)
-	go t.up.run()
+	t.startParked(up, down)
 	return true
 }
 

@@ -119,15 +119,16 @@ func (s *Server) WatchTraffic(fn func(user string, up, down int64)) {
 	s.traffic = append(s.traffic, fn)
 }
 
-// account tells what the tunnel has moved since it was last told.
-func (s *Server) account(t *tunnel) {
+// account tells what the tunnel has moved since it was last told, and reports whether it has moved anything.
+func (s *Server) account(t *tunnel) bool {
 	t.link.mu.Lock()
 	up, down := t.up.untold(), t.down.untold()
 	t.link.mu.Unlock()
 	if up == 0 && down == 0 {
-		return
+		return false
 	}
 	for _, tell := range s.traffic {
 		tell(t.link.who.user, up, down)
 	}
+	return true
 }

@@ -331,7 +331,8 @@ func (s *Server) Reload(cfg Config) error {
 // sweep ends what has been silent, or has lived, for too long, counts what has moved, and parks what has not.
 func (s *Server) sweep(ctx context.Context) {
 	var memory reclaim
-	for {
+	var links []*link
+	for last := time.Now(); ; {
 		st := s.state.Load()
 		// Often enough that a limit is exceeded by an eighth, and by five seconds at most.
 		pause := min(st.Idle, st.Lifetime) / 8
@@ -341,17 +342,27 @@ func (s *Server) sweep(ctx context.Context) {
 		case <-time.After(max(min(pause, 5*time.Second), 10*time.Millisecond)):
 		}
 		now := time.Now()
-		links := s.links.all()
+		passed := now.Sub(last)
+		last = now
+		moving := 0
+		links = s.links.appendAll(links[:0]) // the same memory each time: silent tunnels are to make no garbage
 		for _, l := range links {
-			if why := l.stale(now, st.Idle, st.Lifetime); why != "" {
-				l.end(why)
+			t := l.now()
+			if t != nil {
+				if s.account(t) {
+					t.lull = 0
+				} else {
+					t.lull += passed
+				}
 			}
-			if t := l.now(); t != nil {
-				s.account(t)
-				t.rest()
+			if why := l.stale(t, now, passed, st.Idle, st.Lifetime); why != "" {
+				l.end(why)
+			} else if t != nil {
+				moving += t.rest()
 			}
 		}
-		if memory.due(len(links), now) {
+		clear(links)
+		if memory.due(readMemory(), moving, now) {
 			debug.FreeOSMemory()
 		}
 	}

@@ -13,9 +13,10 @@ import (
 )
 
 const (
-	settled = time.Minute      // after which silent tunnels cost what they cost
-	again   = 75 * time.Second // how long as many are held once more: the daemon gives memory back at most once a minute
-	returns = 5 * time.Minute  // for memory to go back: it does at most once a minute, and Go collects every two
+	settled = time.Minute     // after which silent tunnels cost what they cost
+	again   = time.Minute     // for which as many are held once more
+	pause   = time.Minute     // from when the daemon has given memory back to the first: it does so every two minutes at most
+	returns = 5 * time.Minute // for memory to go back
 )
 
 // held is what a proxy holds at a moment.
@@ -75,10 +76,13 @@ func (r *results) idle(ctx context.Context, room *room, o options) error {
 			}
 		}
 	}
-	if err := room.collected(ctx); err != nil {
+	if err := room.givenBack(ctx); err != nil { // or what was garbage before would make room for the tunnels, and not be counted
 		return err
 	}
 	if err := each(func(s *silence) *held { return &s.Before }); err != nil {
+		return err
+	}
+	if err := sleep(ctx, pause); err != nil {
 		return err
 	}
 	holders := make([]*holder, len(room.all))
@@ -124,9 +128,6 @@ func (r *results) idle(ctx context.Context, room *room, o options) error {
 		r.Idle[i].Seconds = time.Since(start).Seconds()
 		h.close()
 	}
-	if err := room.collected(ctx); err != nil {
-		return err
-	}
 	ours := r.Idle[0]
 	if err := await(ctx, func() (bool, error) {
 		err := each(func(s *silence) *held { return &s.After })
@@ -156,13 +157,13 @@ func (r *results) idle(ctx context.Context, room *room, o options) error {
 	return nil
 }
 
-// await tries once a second, for as long as memory may take to go back.
+// await tries every now and then, for as long as memory may take to go back. Each time costs the daemon garbage.
 func await(ctx context.Context, done func() (bool, error)) error {
 	for deadline := time.Now().Add(returns); ; {
 		if ok, err := done(); ok || err != nil || time.Now().After(deadline) {
 			return err
 		}
-		if err := sleep(ctx, time.Second); err != nil {
+		if err := sleep(ctx, 3*time.Second); err != nil {
 			return err
 		}
 	}
@@ -183,9 +184,6 @@ func (r *results) holdAgain(ctx context.Context, room *room, c *contender, count
 		return err
 	}
 	h.close()
-	if err := room.collected(ctx); err != nil {
-		return err
-	}
 	ours := r.Idle[0]
 	return await(ctx, func() (bool, error) {
 		ours.Again, err = room.held(ctx, c)
@@ -218,28 +216,21 @@ func (r *room) held(ctx context.Context, c *contender) (h held, err error) {
 	return h, errors.Join(err1, err2)
 }
 
-// collected waits until the daemon has collected its garbage once more.
-func (r *room) collected(ctx context.Context) error {
-	last := -1.0
-	for {
+// givenBack waits until little of the daemon's memory is free or garbage.
+func (r *room) givenBack(ctx context.Context) error {
+	return await(ctx, func() (bool, error) {
 		m, err := r.daemon.Metrics(ctx, metricsAddress)
 		if err != nil {
-			return err
+			return false, err
 		}
-		at, err := m.Value("go_memstats_last_gc_time_seconds")
-		if err != nil {
-			return err
+		var v [4]float64
+		for i, what := range []string{"heap_idle", "heap_released", "heap_alloc", "next_gc"} {
+			if v[i], err = m.Value("go_memstats_" + what + "_bytes"); err != nil {
+				return false, err
+			}
 		}
-		if last < 0 {
-			last = at
-		}
-		if at > last {
-			return nil
-		}
-		if err := sleep(ctx, 100*time.Millisecond); err != nil {
-			return err
-		}
-	}
+		return v[0]-v[1]+v[2]-v[3]/2 < 4<<20, nil
+	})
 }
 
 func sleep(ctx context.Context, d time.Duration) error {
