@@ -61,7 +61,7 @@ type state struct {
 // Listen opens the proxy's listener. Multipath TCP is off: such sockets cannot be spliced. What every connection is to have, the
 // listening socket has: a connection takes it over from there, where asking for it would be five calls to the kernel each.
 func Listen(ctx context.Context, at netip.AddrPort) (net.Listener, error) {
-	lc := net.ListenConfig{KeepAlive: -1, Control: func(_, _ string, c syscall.RawConn) error { return Prepare(c) }}
+	lc := net.ListenConfig{KeepAlive: -1, Control: func(_, _ string, c syscall.RawConn) error { return prepareRaw(c) }}
 	lc.SetMultipathTCP(false)
 	l, err := lc.Listen(ctx, "tcp", at.String())
 	if err != nil {
@@ -70,8 +70,40 @@ func Listen(ctx context.Context, at netip.AddrPort) (net.Listener, error) {
 	return l, nil
 }
 
-// Prepare gives a listening socket what its connections are to have, be it a new one or of another process.
-func Prepare(c syscall.RawConn) (err error) {
+// Adopt is Listen for a listening socket of another process, which stays the caller's to close.
+func Adopt(f *os.File) (net.Listener, error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	if err := prepareRaw(raw); err != nil {
+		return nil, err
+	}
+	l, err := net.FileListener(f)
+	if err != nil {
+		return nil, err
+	}
+	tl, ok := l.(*net.TCPListener)
+	if !ok {
+		l.Close()
+		return nil, fmt.Errorf("proxy: %T is no TCP listener", l)
+	}
+	return adopted{tl}, nil
+}
+
+// adopted undoes what Go does to each connection of a listener that it has not made: a peer would be asked every 15 seconds.
+type adopted struct{ *net.TCPListener }
+
+func (a adopted) Accept() (net.Conn, error) {
+	c, err := a.AcceptTCP()
+	if err != nil {
+		return nil, err
+	}
+	c.SetKeepAliveConfig(keepAlive)
+	return c, nil
+}
+
+func prepareRaw(c syscall.RawConn) (err error) {
 	cerr := c.Control(func(fd uintptr) { err = prepare(int(fd)) })
 	return errors.Join(cerr, err)
 }
