@@ -214,7 +214,7 @@ func control(c *net.TCPConn, fn func(fd int)) {
 
 // pack takes a still tunnel from its link, which nothing ends from then on. False: it has ended.
 func (s *Server) pack(t *tunnel) (json.RawMessage, bool) {
-	s.account(t)
+	s.account(t, 0)
 	l := t.link
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -218,3 +218,16 @@ func TestParkedTunnelsAreKeptAliveApart(t *testing.T) {
 		t.Errorf("40 directions share %d times: %v", len(times), times)
 	}
 }
+
+func TestLookingAtSilentTunnelsMakesNoGarbage(t *testing.T) {
+	cfg := openConfig()
+	cfg.Idle = time.Hour
+	l := startLab(t, cfg)
+	at := serveOutside(t, outsideHost+":0", func(c *net.TCPConn) { io.Copy(c, c) })
+	l.parked(20, at.String())
+	links := l.links.all()
+	now := time.Now()
+	if n := testing.AllocsPerRun(10, func() { l.look(l.state.Load(), links, now, 0) }); n > 2 { // what others make meanwhile
+		t.Errorf("%v allocations for 20 silent tunnels", n)
+	}
+}

@@ -245,7 +245,7 @@ type tunnel struct {
 	over     bool          // the link's lock's: finish is called, or has been
 	finish   func(*tunnel)
 	parking  *parking
-	lull     time.Duration // the sweep's: since when it has seen nothing move
+	lull     time.Duration // the link's lock's: for how long nothing has been seen to move
 }
 
 func newTunnel(l *link, server *net.TCPConn) *tunnel {

@@ -374,28 +374,29 @@ func (s *Server) sweep(ctx context.Context) {
 		case <-time.After(max(min(pause, 5*time.Second), 10*time.Millisecond)):
 		}
 		now := time.Now()
-		passed := now.Sub(last)
-		last = now
-		moving := 0
-		links = s.links.appendAll(links[:0]) // the same memory each time: silent tunnels are to make no garbage
-		for _, l := range links {
-			t := l.now()
-			if t != nil {
-				if s.account(t) {
-					t.lull = 0
-				} else {
-					t.lull += passed
-				}
-			}
-			if why := l.stale(t, now, passed, st.Idle, st.Lifetime); why != "" {
-				l.end(why)
-			} else if t != nil {
-				moving += t.rest()
-			}
-		}
+		links = s.links.appendAll(links[:0])
+		moving := s.look(st, links, now, now.Sub(last))
 		clear(links)
+		last = now
 		if memory.due(readMemory(), moving, now) {
 			debug.FreeOSMemory()
 		}
 	}
+}
+
+// look is the sweep's at a moment, passed after the one before. It reports how many directions are sent to the parking. Of ten thousand
+// silent tunnels it must not make garbage each time.
+func (s *Server) look(st *state, links []*link, now time.Time, passed time.Duration) (moving int) {
+	for _, l := range links {
+		t := l.now()
+		if t != nil {
+			s.account(t, passed)
+		}
+		if why := l.stale(now, passed, st.Idle, st.Lifetime); why != "" {
+			l.end(why)
+		} else if t != nil {
+			moving += t.rest()
+		}
+	}
+	return moving
 }

@@ -156,14 +156,16 @@ func (l *link) now() *tunnel {
 	return l.tunnel
 }
 
-// stale says why the link, whose tunnel is t, must end now: it has lived, or been silent, for too long. Passed is the time since the
-// last look.
-func (l *link) stale(t *tunnel, now time.Time, passed, idle, lifetime time.Duration) Reason {
+// stale says why the link must end now: it has lived, or been silent, for too long. Passed is the time since the last look.
+func (l *link) stale(now time.Time, passed, idle, lifetime time.Duration) Reason {
 	if now.Sub(l.began) >= lifetime {
 		return Lifetime
 	}
+	l.mu.Lock()
 	// Reading a head and dialing have deadlines of their own. What moved may have done so at any time before the look that saw it.
-	if t == nil || t.lull+passed < idle {
+	recent := l.tunnel == nil || l.tunnel.lull+passed < idle
+	l.mu.Unlock()
+	if recent {
 		return ""
 	}
 	// The kernel's own clock of data to and from the client sees what a splice moves, and what leaves a full socket.

@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -25,6 +24,7 @@ type held struct {
 	FDs     int `json:"descriptors"`
 	Threads int `json:"threads"`
 	Heap    int `json:"heap_and_stacks,omitempty"` // of Go: bytes that the last collection left, and of stacks; perimeterd only
+	Free    int `json:"free,omitempty"`            // of Go: bytes that are free, or garbage since then; perimeterd only
 }
 
 // silence is how silent tunnels were held.
@@ -41,13 +41,9 @@ type silence struct {
 	Seconds float64 `json:"held_seconds"`
 }
 
-// each is what a tunnel took. Before, there may be memory that others used and nobody took back yet.
+// each is what a tunnel took.
 func (s *silence) each(what func(held) int, at held) float64 {
-	without := what(s.Before)
-	if s.After.FDs > 0 {
-		without = min(without, what(s.After))
-	}
-	return float64(what(at)-without) / float64(max(s.Tunnels, 1))
+	return float64(what(at)-what(s.Before)) / float64(max(s.Tunnels, 1))
 }
 
 // idle holds many silent tunnels at every proxy, all at once, and closes them.
@@ -76,10 +72,12 @@ func (r *results) idle(ctx context.Context, room *room, o options) error {
 			}
 		}
 	}
-	if err := room.givenBack(ctx); err != nil { // or what was garbage before would make room for the tunnels, and not be counted
-		return err
-	}
-	if err := each(func(s *silence) *held { return &s.Before }); err != nil {
+	ours := r.Idle[0]
+	// What is free before would be room for the tunnels, and not be counted.
+	if err := await(ctx, func() (bool, error) {
+		err := each(func(s *silence) *held { return &s.Before })
+		return ours.Before.Free <= little, err
+	}); err != nil {
 		return err
 	}
 	if err := sleep(ctx, pause); err != nil {
@@ -128,10 +126,9 @@ func (r *results) idle(ctx context.Context, room *room, o options) error {
 		r.Idle[i].Seconds = time.Since(start).Seconds()
 		h.close()
 	}
-	ours := r.Idle[0]
 	if err := await(ctx, func() (bool, error) {
 		err := each(func(s *silence) *held { return &s.After })
-		return ours.After.FDs <= ours.Before.FDs && ours.After.RSS <= ours.Before.RSS+back, err
+		return ours.After.FDs <= ours.Before.FDs && ours.After.Free <= little, err
 	}); err != nil {
 		return err
 	}
@@ -150,9 +147,14 @@ func (r *results) idle(ctx context.Context, room *room, o options) error {
 	if s := ours; s.Proxy == "perimeterd" {
 		r.promise(s.Failed == "" && s.Tunnels == o.idle, "%d silent tunnels of %d: %s", s.Tunnels, o.idle, s.Failed)
 		r.promise(s.After.FDs <= s.Before.FDs && s.Again.FDs <= s.Before.FDs, "%d and %d descriptors after all tunnels were closed, %d before", s.After.FDs, s.Again.FDs, s.Before.FDs)
-		r.promise(s.After.RSS <= s.Settled.RSS-(s.Settled.RSS-s.Before.RSS)/2, "%d bytes resident after all tunnels were closed, %d held: they do not go back", s.After.RSS, s.Settled.RSS)
-		r.promise(s.Again.Heap <= s.After.Heap+s.After.Heap/10, "%d bytes of heap and stacks after all tunnels were closed, %d the time before", s.Again.Heap, s.After.Heap)
-		r.promise(s.Again.RSS <= s.After.RSS+back, "%d bytes resident after all tunnels were closed, %d the time before", s.Again.RSS, s.After.RSS)
+		for _, at := range []held{s.Settled, s.End} {
+			r.promise(o.hold < settled || s.each(rss, at) <= goalIdle*1024 && s.each(fds, at) < goalFDs+0.01, "%.1f KB and %.2f descriptors a silent tunnel", s.each(rss, at)/1024, s.each(fds, at))
+		}
+		kept := s.Tunnels * 2 * keeps
+		r.promise(s.After.Heap <= s.Before.Heap+kept/2+margin, "%d bytes of heap and stacks after all tunnels were closed, %d before", s.After.Heap, s.Before.Heap)
+		r.promise(s.After.RSS <= s.Before.RSS+kept+margin, "%d bytes resident after all tunnels were closed, %d before", s.After.RSS, s.Before.RSS)
+		r.promise(s.Again.Heap <= s.After.Heap+margin/2, "%d bytes of heap and stacks after all tunnels were closed, %d the time before", s.Again.Heap, s.After.Heap)
+		r.promise(s.Again.RSS <= s.After.RSS+margin/2, "%d bytes resident after all tunnels were closed, %d the time before", s.Again.RSS, s.After.RSS)
 	}
 	return nil
 }
@@ -163,7 +165,7 @@ func await(ctx context.Context, done func() (bool, error)) error {
 		if ok, err := done(); ok || err != nil || time.Now().After(deadline) {
 			return err
 		}
-		if err := sleep(ctx, 3*time.Second); err != nil {
+		if err := sleep(ctx, 5*time.Second); err != nil {
 			return err
 		}
 	}
@@ -187,12 +189,17 @@ func (r *results) holdAgain(ctx context.Context, room *room, c *contender, count
 	ours := r.Idle[0]
 	return await(ctx, func() (bool, error) {
 		ours.Again, err = room.held(ctx, c)
-		return ours.Again.FDs <= ours.Before.FDs && ours.Again.RSS <= ours.After.RSS+back, err
+		return ours.Again.FDs <= ours.Before.FDs && ours.Again.Free <= little, err
 	})
 }
 
-// back is what memory may stay above what it was: arenas that Go has emptied, and gives back late.
-const back = 16 << 20
+const (
+	little = 4 << 20 // bytes that nobody has any use for, and that are not worth giving back
+	// keeps is what Go keeps of a direction of a tunnel for the next: the structures of a goroutine (runtime.g, 480 bytes) and of a descriptor
+	// (runtime.pollDesc, 512, and its finalizer's, 56), of as many as there ever were at once. Half of it is heap.
+	keeps  = 480 + 512 + 56
+	margin = 8 << 20 // the audit's last records, and what is not filled of Go's pages
+)
 
 func rss(h held) int { return h.RSS }
 func fds(h held) int { return h.FDs }
@@ -210,27 +217,17 @@ func (r *room) held(ctx context.Context, c *contender) (h held, err error) {
 	if err != nil {
 		return h, err
 	}
-	heap, err1 := m.Value("go_memstats_next_gc_bytes")
-	stacks, err2 := m.Value("go_memstats_stack_inuse_bytes")
-	h.Heap = int(heap/2 + stacks)
-	return h, errors.Join(err1, err2)
-}
-
-// givenBack waits until little of the daemon's memory is free or garbage.
-func (r *room) givenBack(ctx context.Context) error {
-	return await(ctx, func() (bool, error) {
-		m, err := r.daemon.Metrics(ctx, metricsAddress)
+	var v [5]int
+	for i, what := range []string{"next_gc", "stack_inuse", "heap_alloc", "heap_idle", "heap_released"} {
+		f, err := m.Value("go_memstats_" + what + "_bytes")
 		if err != nil {
-			return false, err
+			return h, err
 		}
-		var v [4]float64
-		for i, what := range []string{"heap_idle", "heap_released", "heap_alloc", "next_gc"} {
-			if v[i], err = m.Value("go_memstats_" + what + "_bytes"); err != nil {
-				return false, err
-			}
-		}
-		return v[0]-v[1]+v[2]-v[3]/2 < 4<<20, nil
-	})
+		v[i] = int(f)
+	}
+	live := (v[0] - v[1]) / 2 // Go's goal is twice that, and the stacks
+	h.Heap, h.Free = live+v[1], v[2]-live+v[3]-v[4]
+	return h, nil
 }
 
 func sleep(ctx context.Context, d time.Duration) error {
