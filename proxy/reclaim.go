@@ -7,7 +7,8 @@ import (
 
 // reclaim tells when the process's memory that is nobody's is worth giving back. After thousands of tunnels have come to rest, or
 // gone, it is more than half of what is resident, and the runtime gives it back slowly or, below its goal, never.
-// A round costs a collection, some 50 ms of CPU beside those who talk.
+// A round takes 15 to 100 ms of CPU beside those who talk, and stops them for a millisecond. It leaves what Go never gives back: 0.5 KB of
+// each goroutine and 0.6 KB of each descriptor that there ever were at once.
 type reclaim struct {
 	allocated uint64 // bytes ever, at the last look
 	when      time.Time

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -379,6 +380,7 @@ func (s *Server) sweep(ctx context.Context) {
 		clear(links)
 		last = now
 		if memory.due(readMemory(), moving, now) {
+			runtime.GC() // what is pooled lives through one collection
 			debug.FreeOSMemory()
 		}
 	}
