@@ -389,7 +389,6 @@ func (s *Server) resume(h handed, client, server int) bool {
 	l := &link{source: a.Source, client: cc, began: h.Accepted, who: identity{session: a.Session, user: a.User, device: a.Device}}
 	t := newTunnel(l, sc)
 	t.parking, t.access, t.finish = s.parking, &a, s.finished
-	t.lull = s.state.Load().Idle // the kernel knows
 	t.up.moved.Store(a.Up)
 	t.down.moved.Store(a.Down)
 	for i, f := range []*flow{&t.up, &t.down} {
@@ -402,6 +401,7 @@ func (s *Server) resume(h handed, client, server int) bool {
 			f.pace.acked = info.Bytes_acked
 		}
 	}
+	t.lull = s.state.Load().Idle // or longer: the kernel knows
 	holder, _ := s.sessions.ByAddress(l.source.Addr())
 	l.who.groups, l.paced = holder.Groups, t.down.pace.rate
 	s.links.add(l)

@@ -238,6 +238,7 @@ type tunnel struct {
 	server   *net.TCPConn
 	up, down flow
 	access   *Access
+	lull     time.Duration // the link's lock's: for how long nothing has been seen to move
 	ended    atomic.Int32  // streams that have come to their end
 	left     atomic.Int32  // directions that still run
 	halted   atomic.Bool   // set under the link's lock: finish is for who set it
@@ -245,7 +246,6 @@ type tunnel struct {
 	over     bool          // the link's lock's: finish is called, or has been
 	finish   func(*tunnel)
 	parking  *parking
-	lull     time.Duration // the link's lock's: for how long nothing has been seen to move
 }
 
 func newTunnel(l *link, server *net.TCPConn) *tunnel {
