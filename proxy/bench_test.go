@@ -262,8 +262,9 @@ func BenchmarkShare(b *testing.B) {
 		b.Cleanup(func() { unix.Close(client); unix.Close(server) })
 	}
 	st := l.state.Load()
+	var sh sharing
 	b.ReportAllocs()
 	for b.Loop() {
-		l.share(st, paceEvery)
+		l.share(st, paceEvery, &sh)
 	}
 }

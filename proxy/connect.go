@@ -63,7 +63,7 @@ func (s *Server) connect(l *link, h head, src *source) {
 // finished is for a tunnel whose sockets are closed.
 func (s *Server) finished(t *tunnel) {
 	t.access.Up, t.access.Down, t.access.End = t.up.moved.Load(), t.down.moved.Load(), t.link.why()
-	s.account(t)
+	s.account(t, 0)
 	s.settleUp(t)
 	s.done(t.access)
 	s.links.remove(t.link)

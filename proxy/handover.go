@@ -214,7 +214,7 @@ func control(c *net.TCPConn, fn func(fd int)) {
 
 // pack takes a still tunnel from its link, which nothing ends from then on. False: it has ended.
 func (s *Server) pack(t *tunnel) (json.RawMessage, bool) {
-	s.account(t)
+	s.account(t, 0)
 	l := t.link
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -401,6 +401,7 @@ func (s *Server) resume(h handed, client, server int) bool {
 			f.pace.acked = info.Bytes_acked
 		}
 	}
+	t.lull = s.state.Load().Idle // or longer: the kernel knows
 	holder, _ := s.sessions.ByAddress(l.source.Addr())
 	l.who.groups, l.paced = holder.Groups, t.down.pace.rate
 	s.links.add(l)
@@ -428,8 +429,7 @@ func (s *Server) resume(h handed, client, server int) bool {
 		s.finished(t)
 		return false
 	}
-	t.start(up, down)
-	go t.up.run()
+	t.startParked(up, down)
 	return true
 }
 

@@ -119,10 +119,13 @@ func (s *Server) WatchTraffic(fn func(user string, up, down int64)) {
 	s.traffic = append(s.traffic, fn)
 }
 
-// account tells what the tunnel has moved since it was last told.
-func (s *Server) account(t *tunnel) {
+// account tells what the tunnel has moved since it was last told, passed ago.
+func (s *Server) account(t *tunnel, passed time.Duration) {
 	t.link.mu.Lock()
 	up, down := t.up.untold(), t.down.untold()
+	if t.lull += passed; up != 0 || down != 0 {
+		t.lull = 0
+	}
 	t.link.mu.Unlock()
 	if up == 0 && down == 0 {
 		return

@@ -2,7 +2,9 @@ package proxy
 
 import (
 	"context"
+	"maps"
 	"math"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -106,9 +108,10 @@ func bytesOf(bits uint64) float64 {
 
 // divide shares a limit. Who is silent may begin with an equal part; those who send get what they want as long as the others
 // have as much, and share what is then left, to grow into. So all together never begin more than twice the limit; what they moved of it
-// beyond the limit is owed.
-func divide(limit float64, wants []float64) (rates []float64) {
-	rates = make([]float64, len(wants))
+// beyond the limit is owed. The result is in rates, if there is room.
+func divide(limit float64, wants, rates []float64) []float64 {
+	rates = slices.Grow(rates[:0], len(wants))[:len(wants)]
+	clear(rates)
 	sending := 0
 	for i, w := range wants {
 		if w > 0 && !math.IsInf(limit, 1) {
@@ -179,15 +182,18 @@ func (s *Server) pace(ctx context.Context) {
 	tick := time.NewTicker(paceEvery)
 	defer tick.Stop()
 	limited := false
+	var sh sharing
 	for last := time.Now(); ; {
 		select {
 		case <-ctx.Done():
 			return
 		case now := <-tick.C:
 			st := s.state.Load()
-			if was := limited; st.limited() || was { // once more, to take limits off
-				limited = st.limited()
-				s.share(st, now.Sub(last))
+			if st.limited() || limited { // once more, to take limits off
+				s.share(st, now.Sub(last), &sh)
+				if limited = st.limited(); !limited {
+					sh = sharing{}
+				}
 			}
 			last = now
 		}
@@ -196,37 +202,72 @@ func (s *Server) pace(ctx context.Context) {
 
 func (st *state) limited() bool { return st.Bandwidth != 0 || st.PerUserBandwidth != 0 }
 
-// share looks at all links, and gives each its part, up and down apart.
-func (s *Server) share(st *state, passed time.Duration) {
-	byUser := map[string][]*link{}
-	var users []string
-	for _, l := range s.links.all() {
-		if byUser[l.who.user] == nil {
-			users = append(users, l.who.user)
-		}
-		byUser[l.who.user] = append(byUser[l.who.user], l)
+// sharing is who shares, in memory that is used each time: thousands who are silent are not to make garbage.
+type sharing struct {
+	links              []*link
+	users              []*sharer
+	by                 map[string]*sharer
+	wants, most, parts []float64 // by user
+}
+
+type sharer struct {
+	user         string
+	links        []*link
+	wants, rates []float64 // by link
+}
+
+// gather finds who has links, and which.
+func (sh *sharing) gather(r *registry) {
+	for _, u := range sh.users {
+		clear(u.links)
+		u.links = u.links[:0]
 	}
+	sh.links, sh.users = r.appendAll(sh.links[:0]), sh.users[:0]
+	if sh.by == nil {
+		sh.by = map[string]*sharer{}
+	}
+	for _, l := range sh.links {
+		u := sh.by[l.who.user]
+		if u == nil {
+			u = &sharer{user: l.who.user}
+			sh.by[u.user] = u
+		}
+		if len(u.links) == 0 {
+			sh.users = append(sh.users, u)
+		}
+		u.links = append(u.links, l)
+	}
+	clear(sh.links)
+	maps.DeleteFunc(sh.by, func(_ string, u *sharer) bool { return len(u.links) == 0 })
+}
+
+// share looks at all links, and gives each its part, up and down apart.
+func (s *Server) share(st *state, passed time.Duration, sh *sharing) {
+	sh.gather(s.links)
 	for way, flow := range ways {
-		wants, sums := make([][]float64, len(users)), make([]float64, len(users))
-		for u, user := range users {
-			sent := 0.0
-			for _, l := range byUser[user] {
+		sh.wants, sh.most = sh.wants[:0], sh.most[:0]
+		for _, u := range sh.users {
+			u.wants = u.wants[:0]
+			sum, sent := 0.0, 0.0
+			for _, l := range u.links {
 				w, n := l.want(flow, passed)
-				wants[u] = append(wants[u], w)
-				sums[u] += w
+				u.wants = append(u.wants, w)
+				sum += w
 				sent += n
 			}
-			s.debts.charge(user, way, sent)
+			sh.wants = append(sh.wants, sum)
+			s.debts.charge(u.user, way, sent)
 		}
 		s.debts.pay(st, way, passed)
-		mine := make([]float64, len(users))
-		for u, user := range users {
-			mine[u] = s.debts.allows(st, user, way)
-			sums[u] = min(sums[u], mine[u])
+		for i, u := range sh.users {
+			sh.most = append(sh.most, s.debts.allows(st, u.user, way))
+			sh.wants[i] = min(sh.wants[i], sh.most[i])
 		}
-		for u, part := range divide(s.debts.allowsAll(st, way), sums) {
-			for i, rate := range divide(min(part, mine[u]), wants[u]) {
-				byUser[users[u]][i].hold(flow, rate)
+		sh.parts = divide(s.debts.allowsAll(st, way), sh.wants, sh.parts)
+		for i, u := range sh.users {
+			u.rates = divide(min(sh.parts[i], sh.most[i]), u.wants, u.rates)
+			for j, rate := range u.rates {
+				u.links[j].hold(flow, rate)
 			}
 		}
 	}

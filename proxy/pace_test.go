@@ -31,7 +31,7 @@ func TestDivide(t *testing.T) {
 		{100, []float64{60, 70}, []float64{50, 50}},
 		{inf, []float64{0, 5, inf}, []float64{inf, inf, inf}},
 	} {
-		got := divide(tt.limit, tt.wants)
+		got := divide(tt.limit, tt.wants, nil)
 		for i := range got {
 			if math.Abs(got[i]-tt.want[i]) > 1e-9 && got[i] != tt.want[i] {
 				t.Errorf("%v of %v: %v, want %v", tt.limit, tt.wants, got, tt.want)
@@ -53,7 +53,7 @@ func TestDivide(t *testing.T) {
 			}
 		}
 		silent, loud := 0.0, 0.0
-		for i, r := range divide(limit, wants) {
+		for i, r := range divide(limit, wants, nil) {
 			if wants[i] == 0 {
 				silent += r
 				continue

@@ -218,3 +218,21 @@ func TestParkedTunnelsAreKeptAliveApart(t *testing.T) {
 		t.Errorf("40 directions share %d times: %v", len(times), times)
 	}
 }
+
+func TestLookingAtSilentTunnelsMakesNoGarbage(t *testing.T) {
+	cfg := openConfig()
+	cfg.Idle, cfg.Bandwidth = time.Hour, 1<<40
+	l := startLab(t, cfg)
+	at := serveOutside(t, outsideHost+":0", func(c *net.TCPConn) { io.Copy(c, c) })
+	l.parked(20, at.String())
+	st, links, now := l.state.Load(), l.links.all(), time.Now()
+	var sh sharing
+	for what, look := range map[string]func(){
+		"the sweep": func() { l.look(st, links, now, 0) },
+		"the pacer": func() { l.share(st, paceEvery, &sh) },
+	} {
+		if n := testing.AllocsPerRun(20, look); n > 5 { // and what others make meanwhile
+			t.Errorf("%s: %v allocations for 20 silent tunnels", what, n)
+		}
+	}
+}

@@ -162,7 +162,7 @@ func (p *plain) serve(w http.ResponseWriter, r *http.Request) {
 			l.close()
 		}
 		a.Up, a.Down, a.End = t.up.moved.Load(), t.down.moved.Load(), l.why()
-		s.account(t)
+		s.account(t, 0)
 		s.settleUp(t)
 		s.done(a)
 		if x.bare {

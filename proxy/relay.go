@@ -238,6 +238,7 @@ type tunnel struct {
 	server   *net.TCPConn
 	up, down flow
 	access   *Access
+	lull     time.Duration // the link's lock's: for how long nothing has been seen to move
 	ended    atomic.Int32  // streams that have come to their end
 	left     atomic.Int32  // directions that still run
 	halted   atomic.Bool   // set under the link's lock: finish is for who set it
@@ -265,16 +266,30 @@ func (t *tunnel) start(fromClient, fromServer *source) {
 	go t.down.run()
 }
 
-// rest sends directions that have moved nothing since the last time to the parking.
-func (t *tunnel) rest() {
-	if t.left.Load() == 0 {
-		return
-	}
-	for _, f := range []*flow{&t.up, &t.down} {
-		if n := f.moved.Load(); n == f.seen.Swap(n) && !f.quiet.Load() && !f.splicing.Load() {
-			f.src.disturb()
+// startParked is start for a tunnel of another process. Most are silent, and a goroutine for each direction, all at once, would leave
+// Go with as many structures of goroutines for ever.
+func (t *tunnel) startParked(fromClient, fromServer *source) {
+	t.up.src, t.down.src = fromClient, fromServer
+	t.left.Store(2)
+	for _, f := range [...]*flow{&t.up, &t.down} {
+		if f.past || !t.parking.enter(f) {
+			go f.run()
 		}
 	}
+}
+
+// rest sends directions that have moved nothing since the last time to the parking, and reports how many.
+func (t *tunnel) rest() (sent int) {
+	if t.left.Load() == 0 {
+		return 0
+	}
+	for _, f := range [...]*flow{&t.up, &t.down} {
+		if n := f.moved.Load(); n == f.seen.Swap(n) && !f.quiet.Load() && !f.splicing.Load() {
+			f.src.disturb()
+			sent++
+		}
+	}
+	return sent
 }
 
 // wake has directions that are parked find out that their sockets are closed.

@@ -156,15 +156,19 @@ func (l *link) now() *tunnel {
 	return l.tunnel
 }
 
-// stale says why the link must end now: it has lived, or been silent, for too long.
-func (l *link) stale(now time.Time, idle, lifetime time.Duration) Reason {
+// stale says why the link must end now: it has lived, or been silent, for too long. Passed is the time since the last look.
+func (l *link) stale(now time.Time, passed, idle, lifetime time.Duration) Reason {
 	if now.Sub(l.began) >= lifetime {
 		return Lifetime
 	}
-	if l.now() == nil { // reading a head and dialing have deadlines of their own
+	l.mu.Lock()
+	// Reading a head and dialing have deadlines of their own. What moved may have done so at any time before the look that saw it.
+	recent := l.tunnel == nil || l.tunnel.lull+passed < idle
+	l.mu.Unlock()
+	if recent {
 		return ""
 	}
-	// The kernel's own clock of data to and from the client sees spliced bytes too.
+	// The kernel's own clock of data to and from the client sees what a splice moves, and what leaves a full socket.
 	info := tcpInfo(l.client)
 	if info != nil && time.Duration(min(info.Last_data_sent, info.Last_data_recv))*time.Millisecond >= idle {
 		return Idle
@@ -284,7 +288,9 @@ func (r *registry) of(id session.ID) []*link {
 	return links
 }
 
-func (r *registry) all() (links []*link) {
+func (r *registry) all() []*link { return r.appendAll(nil) }
+
+func (r *registry) appendAll(links []*link) []*link {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, of := range r.sessions {

@@ -230,7 +230,7 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	}
 
 	page := &console.Page{At: cfg.Gate.Console, Proxy: cfg.Proxy.Listen, Sessions: store, Policy: forward.Policy, Log: log}
-	pageListener, err := service.Listen("page", page.At.String(), nil, func() (net.Listener, error) { return page.Listen(ctx) })
+	pageListener, err := service.Listen("page", page.At.String(), net.FileListener, func() (net.Listener, error) { return page.Listen(ctx) })
 	if err != nil {
 		return err
 	}

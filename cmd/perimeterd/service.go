@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"os"
 	"strings"
-	"syscall"
 	"time"
 
 	"perimeterd/configs"
@@ -26,7 +25,17 @@ const startPatience = 30 * time.Second
 
 // listenGate opens a gate's listener, or takes up the one of before the restart: deaf without the table either way.
 func listenGate(ctx context.Context, service *systemd.Manager, address string) (net.Listener, error) {
-	l, err := service.Listen("gate", address, func(c syscall.RawConn) error { return firewall.Interlock("", "", c) }, func() (net.Listener, error) {
+	adopt := func(f *os.File) (net.Listener, error) {
+		raw, err := f.SyscallConn()
+		if err != nil {
+			return nil, err
+		}
+		if err := firewall.Interlock("", "", raw); err != nil {
+			return nil, err
+		}
+		return net.FileListener(f)
+	}
+	l, err := service.Listen("gate", address, adopt, func() (net.Listener, error) {
 		l, err := firewall.Listen(ctx, address)
 		if err != nil {
 			return nil, err
@@ -40,7 +49,7 @@ func listenGate(ctx context.Context, service *systemd.Manager, address string) (
 }
 
 func listenProxy(ctx context.Context, service *systemd.Manager, at netip.AddrPort) (net.Listener, error) {
-	l, err := service.Listen("proxy", at.String(), proxy.Prepare, func() (net.Listener, error) { return proxy.Listen(ctx, at) })
+	l, err := service.Listen("proxy", at.String(), proxy.Adopt, func() (net.Listener, error) { return proxy.Listen(ctx, at) })
 	if err != nil {
 		return nil, err
 	}

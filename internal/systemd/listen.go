@@ -3,6 +3,7 @@ package systemd
 import (
 	"errors"
 	"net"
+	"os"
 	"strings"
 	"syscall"
 
@@ -10,9 +11,9 @@ import (
 )
 
 // Listen is the listener that was stored for address, or the one that open makes, which is stored then. Connections that come
-// while nobody runs wait in it. Prepare may be nil; it does to a stored one what open does to a new one: another version may have
-// made it. One that cannot be used any more is closed, and opened anew.
-func (m *Manager) Listen(role, address string, prepare func(syscall.RawConn) error, open func() (net.Listener, error)) (net.Listener, error) {
+// while nobody runs wait in it. Adopt makes a listener of a stored one, with what open gives a new one: another version may have
+// made it; net.FileListener is one. One that cannot be used any more is closed, and opened anew.
+func (m *Manager) Listen(role, address string, adopt func(*os.File) (net.Listener, error), open func() (net.Listener, error)) (net.Listener, error) {
 	name := role + "=" + strings.ReplaceAll(address, ":", ";") // no part of an address has one
 	if f := m.Take(name); f != nil {
 		l, err := func() (net.Listener, error) {
@@ -29,12 +30,7 @@ func (m *Manager) Listen(role, address string, prepare func(syscall.RawConn) err
 			}); e != nil || err != nil {
 				return nil, errors.Join(e, err)
 			}
-			if prepare != nil {
-				if err := prepare(raw); err != nil {
-					return nil, err
-				}
-			}
-			return net.FileListener(f)
+			return adopt(f)
 		}()
 		if err == nil {
 			return l, nil

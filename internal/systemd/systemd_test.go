@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -271,8 +270,8 @@ func TestServiceProcess(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	prepared := 0
-	l, err := m.Listen("door", address, func(c syscall.RawConn) error { prepared++; return c.Control(func(uintptr) {}) }, func() (net.Listener, error) { return net.Listen("tcp", address) })
+	adopted := 0
+	l, err := m.Listen("door", address, func(f *os.File) (net.Listener, error) { adopted++; return net.FileListener(f) }, func() (net.Listener, error) { return net.Listen("tcp", address) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -296,7 +295,7 @@ func TestServiceProcess(t *testing.T) {
 		close(done)
 	}()
 	<-done
-	os.Stdout.WriteString("prepared " + string(rune('0'+prepared)) + " left " + strings.Join(left, ",") + " env " + os.Getenv("LISTEN_FDS") + "\n")
+	os.Stdout.WriteString("adopted " + string(rune('0'+adopted)) + " left " + strings.Join(left, ",") + " env " + os.Getenv("LISTEN_FDS") + "\n")
 	if err := m.Ready(); err != nil {
 		t.Fatal(err)
 	}
@@ -311,7 +310,7 @@ func TestStoredListenerIsTakenUpAgainAndAnotherIsNot(t *testing.T) {
 	l.Close()
 	name := "door=" + strings.ReplaceAll(address, ":", ";")
 	said, fds := stored(t, address, nil)
-	if want := "prepared 0 left  env |FDSTORE=1 FDPOLL=0 FDNAME=" + name + "|READY=1"; said != want || len(fds) != 1 {
+	if want := "adopted 0 left  env |FDSTORE=1 FDPOLL=0 FDNAME=" + name + "|READY=1"; said != want || len(fds) != 1 {
 		t.Fatalf("at first it said %q with %d descriptors, want %q", said, len(fds), want)
 	}
 	kept := os.NewFile(uintptr(fds[0]), "kept")
@@ -328,13 +327,13 @@ func TestStoredListenerIsTakenUpAgainAndAnotherIsNot(t *testing.T) {
 	}
 	defer null.Close()
 	said, fds = stored(t, address, []*os.File{kept, null, null}, name, "door=of;earlier", name)
-	if want := "prepared 1 left door=of;earlier env |FDSTOREREMOVE=1 FDNAME=door=of;earlier|READY=1"; said != want || len(fds) != 0 {
+	if want := "adopted 1 left door=of;earlier env |FDSTOREREMOVE=1 FDNAME=door=of;earlier|READY=1"; said != want || len(fds) != 0 {
 		t.Errorf("then it said %q with %d descriptors, want %q", said, len(fds), want)
 	}
 	// What is no listener is dropped, and one opened.
 	kept.Close()
 	said, fds = stored(t, address, []*os.File{null}, name)
-	if want := "prepared 0 left  env |FDSTOREREMOVE=1 FDNAME=" + name + "|FDSTORE=1 FDPOLL=0 FDNAME=" + name + "|READY=1"; said != want || len(fds) != 1 {
+	if want := "adopted 0 left  env |FDSTOREREMOVE=1 FDNAME=" + name + "|FDSTORE=1 FDPOLL=0 FDNAME=" + name + "|READY=1"; said != want || len(fds) != 1 {
 		t.Errorf("without a listener it said %q with %d descriptors, want %q", said, len(fds), want)
 	}
 	for _, fd := range fds {

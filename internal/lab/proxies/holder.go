@@ -113,6 +113,9 @@ func hold(text string, in io.Reader, out io.Writer) error {
 		return err
 	}
 	if n, err := in.Read(make([]byte, 1)); n == 0 {
+		if err == io.EOF { // they are to be closed unused
+			err = nil
+		}
 		return err
 	}
 	s = said{}

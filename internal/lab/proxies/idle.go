@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -13,8 +12,10 @@ import (
 )
 
 const (
-	settled = time.Minute     // after which silent tunnels cost what they cost
-	returns = 5 * time.Minute // for memory to go back: Go collects every two minutes at the latest
+	settled = time.Minute      // after which silent tunnels cost what they cost
+	again   = time.Minute      // for which as many are held once more
+	pause   = 75 * time.Second // from when the daemon has given memory back to the first: it does so every two minutes at most
+	returns = 5 * time.Minute  // for memory to go back
 )
 
 // held is what a proxy holds at a moment.
@@ -23,6 +24,7 @@ type held struct {
 	FDs     int `json:"descriptors"`
 	Threads int `json:"threads"`
 	Heap    int `json:"heap_and_stacks,omitempty"` // of Go: bytes that the last collection left, and of stacks; perimeterd only
+	Free    int `json:"free,omitempty"`            // of Go: bytes that are free, or garbage since then; perimeterd only
 }
 
 // silence is how silent tunnels were held.
@@ -35,11 +37,16 @@ type silence struct {
 	Settled held    `json:"settled"`
 	End     held    `json:"end"`
 	After   held    `json:"after"`
+	Again   held    `json:"again"` // after as many were held and closed once more; perimeterd only
 	Seconds float64 `json:"held_seconds"`
 }
 
-func (s *silence) each(bytes func(held) int, at held) float64 {
-	return float64(bytes(at)-bytes(s.Before)) / float64(max(s.Tunnels, 1))
+// gone says whether all is closed, and what that leaves is given back.
+func (s *silence) gone(at held) bool { return at.FDs <= s.Before.FDs && at.Free <= little }
+
+// each is what a tunnel took.
+func (s *silence) each(what func(held) int, at held) float64 {
+	return float64(what(at)-what(s.Before)) / float64(max(s.Tunnels, 1))
 }
 
 // idle holds many silent tunnels at every proxy, all at once, and closes them.
@@ -68,10 +75,15 @@ func (r *results) idle(ctx context.Context, room *room, o options) error {
 			}
 		}
 	}
-	if err := room.collected(ctx); err != nil {
+	ours := r.Idle[0]
+	// What is free before would be room for the tunnels, and not be counted.
+	if err := await(ctx, func() (bool, error) {
+		err := each(func(s *silence) *held { return &s.Before })
+		return ours.Before.Free <= little, err
+	}); err != nil {
 		return err
 	}
-	if err := each(func(s *silence) *held { return &s.Before }); err != nil {
+	if err := sleep(ctx, pause); err != nil {
 		return err
 	}
 	holders := make([]*holder, len(room.all))
@@ -117,17 +129,14 @@ func (r *results) idle(ctx context.Context, room *room, o options) error {
 		r.Idle[i].Seconds = time.Since(start).Seconds()
 		h.close()
 	}
-	if err := room.collected(ctx); err != nil {
+	if err := await(ctx, func() (bool, error) {
+		err := each(func(s *silence) *held { return &s.After })
+		return ours.gone(ours.After), err
+	}); err != nil {
 		return err
 	}
-	for deadline := time.Now().Add(returns); ; {
-		if err := each(func(s *silence) *held { return &s.After }); err != nil {
-			return err
-		}
-		if s := r.Idle[0]; s.After.FDs <= s.Before.FDs && s.After.RSS <= s.Before.RSS+back || time.Now().After(deadline) || o.hold < settled {
-			break
-		}
-		if err := sleep(ctx, time.Second); err != nil {
+	if c := room.all[0]; c.name == "perimeterd" {
+		if err := r.holdAgain(ctx, room, c, o.idle); err != nil {
 			return err
 		}
 	}
@@ -135,20 +144,64 @@ func (r *results) idle(ctx context.Context, room *room, o options) error {
 		at := float64(s.Tunnels)
 		r.Add(bench.Figure{What: "idle memory a tunnel", Who: s.Proxy, Unit: "B", At: at, Axis: "idle tunnels", Values: []float64{s.each(rss, s.End)}})
 		r.Add(bench.Figure{What: "idle descriptors a tunnel", Who: s.Proxy, Unit: "1", At: at, Axis: "idle tunnels", Values: []float64{s.each(fds, s.End)}})
-		fmt.Printf("%-24s %d tunnels %s\n  before %+v\n  settled %+v: %.1f KB, %.2f descriptors each\n  end %+v\n  after %+v\n", s.Proxy, s.Tunnels, s.Failed,
-			s.Before, s.Settled, s.each(rss, s.Settled)/1024, s.each(fds, s.Settled), s.End, s.After)
+		fmt.Printf("%-24s %d tunnels %s\n  before %+v\n  settled %+v: %.1f KB, %.2f descriptors each\n  end %+v\n  after %+v\n  again %+v\n", s.Proxy, s.Tunnels, s.Failed,
+			s.Before, s.Settled, s.each(rss, s.Settled)/1024, s.each(fds, s.Settled), s.End, s.After, s.Again)
 	}
-	if s := r.Idle[0]; s.Proxy == "perimeterd" && o.hold >= settled {
+	if s := ours; s.Proxy == "perimeterd" {
 		r.promise(s.Failed == "" && s.Tunnels == o.idle, "%d silent tunnels of %d: %s", s.Tunnels, o.idle, s.Failed)
-		r.promise(s.After.FDs <= s.Before.FDs, "%d descriptors after all tunnels were closed, %d before", s.After.FDs, s.Before.FDs)
-		r.promise(s.After.Heap <= s.Before.Heap+s.Before.Heap/10+4<<20, "%d bytes of heap and stacks after all tunnels were closed, %d before", s.After.Heap, s.Before.Heap)
-		r.promise(s.After.RSS <= s.Before.RSS+back, "%d bytes resident after all tunnels were closed, %d before", s.After.RSS, s.Before.RSS)
+		r.promise(s.After.FDs <= s.Before.FDs && s.Again.FDs <= s.Before.FDs, "%d and %d descriptors after all tunnels were closed, %d before", s.After.FDs, s.Again.FDs, s.Before.FDs)
+		for _, at := range []held{s.Settled, s.End} {
+			r.promise(o.hold < settled || s.each(rss, at) <= goalIdle*1024 && s.each(fds, at) < goalFDs+0.01, "%.1f KB and %.2f descriptors a silent tunnel", s.each(rss, at)/1024, s.each(fds, at))
+		}
+		r.promise(s.After.Heap <= s.Before.Heap+s.Tunnels*keeps+margin/2, "%d bytes of heap and stacks after all tunnels were closed, %d before", s.After.Heap, s.Before.Heap)
+		r.promise(s.After.RSS <= s.Before.RSS+2*s.Tunnels*keeps+margin, "%d bytes resident after all tunnels were closed, %d before", s.After.RSS, s.Before.RSS)
+		r.promise(s.Again.Heap <= s.After.Heap+margin/2, "%d bytes of heap and stacks after all tunnels were closed, %d the time before", s.Again.Heap, s.After.Heap)
+		r.promise(s.Again.RSS <= s.After.RSS+margin/2, "%d bytes resident after all tunnels were closed, %d the time before", s.Again.RSS, s.After.RSS)
 	}
 	return nil
 }
 
-// back is what memory may stay above what it was: arenas that Go has emptied, and gives back late.
-const back = 16 << 20
+// await tries every now and then, for as long as memory may take to go back. Each time costs the daemon garbage.
+func await(ctx context.Context, done func() (bool, error)) error {
+	for deadline := time.Now().Add(returns); ; {
+		if ok, err := done(); ok || err != nil || time.Now().After(deadline) {
+			return err
+		}
+		if err := sleep(ctx, 5*time.Second); err != nil {
+			return err
+		}
+	}
+}
+
+// holdAgain opens and closes as many once more: what Go keeps for the next time, such as the structures of as many goroutines as there
+// ever were, it keeps once, and a leak it would add to.
+func (r *results) holdAgain(ctx context.Context, room *room, c *contender, count int) error {
+	h, err := room.holder(ctx, c, 0, count)
+	if err != nil {
+		return err
+	}
+	defer h.close()
+	if _, err := h.hear(); err != nil {
+		return err
+	}
+	if err := sleep(ctx, again); err != nil {
+		return err
+	}
+	h.close()
+	ours := r.Idle[0]
+	return await(ctx, func() (bool, error) {
+		ours.Again, err = room.held(ctx, c)
+		return ours.gone(ours.Again), err
+	})
+}
+
+const (
+	little = 4 << 20 // bytes that nobody has any use for, and that are not worth giving back
+	// keeps is what Go keeps of a direction of a tunnel for the next: the structures of a goroutine (runtime.g, 480 bytes) and of a descriptor
+	// (runtime.pollDesc, 512, and its finalizer's, 56), of as many as there ever were at once. Half of it is heap.
+	keeps  = 480 + 512 + 56
+	margin = 8 << 20 // the audit's last records, and what is not filled of Go's pages
+)
 
 func rss(h held) int { return h.RSS }
 func fds(h held) int { return h.FDs }
@@ -166,34 +219,17 @@ func (r *room) held(ctx context.Context, c *contender) (h held, err error) {
 	if err != nil {
 		return h, err
 	}
-	heap, err1 := m.Value("go_memstats_next_gc_bytes")
-	stacks, err2 := m.Value("go_memstats_stack_inuse_bytes")
-	h.Heap = int(heap/2 + stacks)
-	return h, errors.Join(err1, err2)
-}
-
-// collected waits until the daemon has collected its garbage once more.
-func (r *room) collected(ctx context.Context) error {
-	last := -1.0
-	for {
-		m, err := r.daemon.Metrics(ctx, metricsAddress)
+	var v [5]int
+	for i, what := range []string{"next_gc", "stack_inuse", "heap_alloc", "heap_idle", "heap_released"} {
+		f, err := m.Value("go_memstats_" + what + "_bytes")
 		if err != nil {
-			return err
+			return h, err
 		}
-		at, err := m.Value("go_memstats_last_gc_time_seconds")
-		if err != nil {
-			return err
-		}
-		if last < 0 {
-			last = at
-		}
-		if at > last {
-			return nil
-		}
-		if err := sleep(ctx, 100*time.Millisecond); err != nil {
-			return err
-		}
+		v[i] = int(f)
 	}
+	live := (v[0] - v[1]) / 2 // Go's goal is twice that, and the stacks
+	h.Heap, h.Free = live+v[1], v[2]-live+v[3]-v[4]
+	return h, nil
 }
 
 func sleep(ctx context.Context, d time.Duration) error {

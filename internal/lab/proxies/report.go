@@ -191,7 +191,8 @@ func (r *results) idleSection(p func(string, ...any)) {
 ### Silent tunnels
 
 %d at each proxy, all at once%s, each of which has seen a ClientHello and an answer, held for %v, then all used once more and closed. Memory is what is
-resident (VmRSS; what sockets take is the kernel's, and not in it). The goal is %.0f KB and %d descriptors a tunnel.
+resident (VmRSS; what sockets take is the kernel's, and not in it), beyond what was before, when perimeterd had given back what it had free.
+The goal is %.0f KB and %d descriptors a tunnel.
 
 | | KB a tunnel, after %v, at the end | descriptors a tunnel | resident MB: before, after %[6]v, at the end, all closed | descriptors: before, held, all closed |
 |---|---|---|---|---|
@@ -202,8 +203,11 @@ resident (VmRSS; what sockets take is the kernel's, and not in it). The goal is 
 	}
 	for _, s := range r.Idle {
 		if s.Before.Heap > 0 {
-			p("\nOf %s's memory, heap that the last collection left and stacks: %.1f MB before, %.1f MB held (%.1f KB a tunnel), %.1f MB when all were closed.\n", s.Proxy,
-				mega(s.Before.Heap), mega(s.End.Heap), s.each(func(h held) int { return h.Heap }, s.End)/1024, mega(s.After.Heap))
+			p(`
+Of %s's memory, heap that the last collection left and stacks: %.1f MB before, %.1f MB held (%.1f KB a tunnel), %.1f MB when all were closed. Go keeps the
+structures of goroutines and descriptors for the next ones, %.1f KB for each tunnel that there ever was at once. When as many were held and closed
+once more, %.1f MB were resident, of which heap and stacks %.1f MB.
+`, s.Proxy, mega(s.Before.Heap), mega(s.End.Heap), s.each(func(h held) int { return h.Heap }, s.End)/1024, mega(s.After.Heap), 2*keeps/1024.0, mega(s.Again.RSS), mega(s.Again.Heap))
 		}
 		if s.Failed != "" || s.Tunnels < s.Asked {
 			p("\n%s held %d: %s.\n", s.Proxy, s.Tunnels, s.Failed)
