@@ -48,6 +48,7 @@ type SessionReply struct {
 	Keepalive       int            `json:"keepalive"` // seconds
 	Expires         time.Time      `json:"expires"`
 	PostQuantum     bool           `json:"post_quantum"`
+	Streams         bool           `json:"streams,omitempty"` // the gate takes the tunnel's datagrams by TLS: see StreamPath
 	Renew           bool           `json:"renew,omitempty"` // the certificate's authority is on the way out: renew it now
 }
 

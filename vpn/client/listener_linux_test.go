@@ -57,7 +57,7 @@ func TestSocketThatNobodyHoldsIsNotRoots(t *testing.T) {
 func TestDeadSpareIsNotUsed(t *testing.T) {
 	dials := 0
 	var fars []*net.TCPConn
-	s := &spares{closed: true, dial: func(context.Context) (net.Conn, error) { // closed: it makes none by itself
+	s := &spares{closed: true, early: func() earliness { return never }, dial: func(context.Context, []byte) (net.Conn, error) { // closed: it makes none by itself
 		dials++
 		near, far := pair(t)
 		fars = append(fars, far)
@@ -80,7 +80,7 @@ func TestDeadSpareIsNotUsed(t *testing.T) {
 				time.Sleep(time.Millisecond)
 			}
 		}
-		c, err := s.take(context.Background())
+		c, err := s.take(context.Background(), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
