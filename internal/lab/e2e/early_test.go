@@ -1,0 +1,141 @@
+package e2e
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"perimeterd/internal/lab"
+)
+
+// localProxy is where the client listens.
+const localProxy = "127.0.0.1:3128"
+
+// counted is one of the kernel's counters of TCP in a host.
+func (s *stage) counted(ns *lab.Namespace, name string) (n int) {
+	s.t.Helper()
+	lines := strings.Split(s.ok(ns.Command(s.ctx, "cat", "/proc/net/netstat")), "\n")
+	for i := 0; i+1 < len(lines); i += 2 {
+		names, values := strings.Fields(lines[i]), strings.Fields(lines[i+1])
+		for j := range names {
+			if names[j] == name {
+				fmt.Sscan(values[j], &n)
+				return n
+			}
+		}
+	}
+	s.t.Fatalf("/proc/net/netstat has no %s", name)
+	return 0
+}
+
+// half sends all that it has to say in one piece to the client's listener, ends its side, and reads what comes until the end.
+func (s *stage) half(text string) string {
+	s.t.Helper()
+	conn, err := s.Client.Dial(s.ctx, "tcp", localProxy)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(30 * time.Second))
+	if _, err := io.WriteString(conn, text); err != nil {
+		s.t.Fatal(err)
+	}
+	if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
+		s.t.Fatal(err)
+	}
+	got, err := io.ReadAll(conn)
+	if err != nil {
+		s.t.Fatalf("after %q: %v", got, err)
+	}
+	return string(got)
+}
+
+func TestRequestLeavesWithTheFirstPacketWhereTheBastionsKernelTakesPart(t *testing.T) {
+	t.Parallel()
+	const echoPort = 7007
+	s := newStage(t, lab.Options{LongLink: true}, lab.Setting{Key: "keepalive", Value: fmt.Sprintf("\"25s\"\n"+
+		"[[proxy.rule]]\nallow = [\"198.19.1.2/32\"]\nports = [%d]\ngroups = [\"*\"]\ntls = false", echoPort)})
+	l, err := s.Cloud.Listen("tcp", fmt.Sprintf(":%d", echoPort))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	var reached atomic.Int32
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			reached.Add(1)
+			go func() {
+				defer c.Close()
+				said, _ := io.ReadAll(c)
+				fmt.Fprintf(c, "heard %s", said)
+			}()
+		}
+	}()
+	s.Link.SetDelay(20 * time.Millisecond) // so that answers are given before handshakes are complete
+	connect := fmt.Sprintf("CONNECT %v:%d HTTP/1.1\r\nHost: %[1]v:%[2]d\r\n\r\n", s.Cloud.Addr, echoPort)
+	for _, takes := range []string{"1", "3"} {
+		s.ok(s.Bastion.Command(s.ctx, "sysctl", "-w", "net.ipv4.tcp_fastopen="+takes))
+		s.ok(s.alice.VPN(s.ctx, "up"))
+		before := s.counted(s.Bastion, "TCPFastOpenPassive")
+		// What is sent along, and a side that ends at once: nothing is lost.
+		if got := s.half(connect + "at once"); !strings.HasPrefix(got, "HTTP/1.1 200 ") || !strings.HasSuffix(got, "\r\n\r\nheard at once") {
+			t.Errorf("tcp_fastopen %s: %q", takes, got)
+		}
+		// A spare connection may have served that one.
+		for range 3 {
+			if got := s.half(connect); !strings.HasSuffix(got, "heard ") {
+				t.Errorf("tcp_fastopen %s: %q", takes, got)
+			}
+		}
+		// A refusal is whole, although it was written and its side ended before the client had answered.
+		resp, err := http.ReadResponse(bufio.NewReader(strings.NewReader(s.half("CONNECT evil.example.com:443 HTTP/1.1\r\nHost: evil.example.com:443\r\n\r\n"))), nil)
+		if err != nil {
+			t.Fatalf("tcp_fastopen %s: %v", takes, err)
+		}
+		if body, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != http.StatusForbidden || !strings.Contains(string(body), "perimeterd why") {
+			t.Errorf("tcp_fastopen %s: refused with %s, %v:\n%s", takes, resp.Status, err, body)
+		}
+		// An ordinary client's page, by name and with TLS, by both ways in.
+		for _, proxy := range []string{localProxy, "10.77.0.1:3128"} {
+			if got := s.ok(s.curl("--proxy", "http://"+proxy, "https://"+cloudName+"/")); got != "seen from "+s.Egress.String()+"\n" {
+				t.Errorf("tcp_fastopen %s, by %s: %q", takes, proxy, got)
+			}
+		}
+		early := s.counted(s.Bastion, "TCPFastOpenPassive") - before
+		if takes == "1" && early != 0 || takes == "3" && early < 4 {
+			t.Errorf("tcp_fastopen %s: %d requests came with a SYN", takes, early)
+		}
+
+		// The answers to it are lost, and the client's kernel sends its SYN again: it reaches for its destination once.
+		was := reached.Load()
+		lost := 0
+		s.Link.SetLoss(func(p lab.Packet) bool {
+			gone := p.Direction == lab.ToClient && lost < 4
+			if gone {
+				lost++
+			}
+			return gone
+		})
+		if got := s.half(connect + "again"); !strings.HasSuffix(got, "heard again") {
+			t.Errorf("tcp_fastopen %s, answers lost: %q", takes, got)
+		}
+		s.Link.SetLoss(nil)
+		if lost == 0 {
+			t.Errorf("tcp_fastopen %s: no packet was lost", takes)
+		}
+		if n := reached.Load() - was; n != 1 {
+			t.Errorf("tcp_fastopen %s: the destination was reached %d times", takes, n)
+		}
+		s.ok(s.alice.VPN(s.ctx, "down"))
+	}
+}
