@@ -89,9 +89,9 @@ func (k *Keeper) addresses() (proxy, console netip.AddrPort) {
 type earliness int32
 
 const (
-	never    earliness = iota // this link cannot, or the proxy does not take it
-	perhaps                   // it was not tried yet
-	likely                    // it did
+	never   earliness = iota // this link cannot, or the proxy does not take it
+	perhaps                  // it was not tried yet
+	likely                   // it did
 )
 
 // earlyLink is a Link that may send the first bytes of a connection before the other end has answered.
