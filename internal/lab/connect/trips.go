@@ -45,7 +45,7 @@ func ways(programs []string) (all []way) {
 			of = fmt.Sprintf(" (client %d)", i+1)
 		}
 		all = append(all, way{byDevice + of, vpn, nil, ourProxy, 4}, way{byListener + of, vpn, nil, localProxy, 3}, way{byExec + of, vpn, nil, "", 3},
-			way{rootless + of, vpn, unprivileged, localProxy, 4}, way{rootExec + of, vpn, unprivileged, "", 4})
+			way{rootless + of, vpn, unprivileged, localProxy, 3}, way{rootExec + of, vpn, unprivileged, "", 3})
 	}
 	return all
 }

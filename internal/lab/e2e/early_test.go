@@ -6,13 +6,18 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"perimeterd/internal/lab"
+	"perimeterd/vpn/client"
 )
+
+// unprivileged may make no device.
+var unprivileged = []string{"setpriv", "--bounding-set=-net_admin"}
 
 // localProxy is where the client listens.
 const localProxy = "127.0.0.1:3128"
@@ -83,37 +88,52 @@ func TestRequestLeavesWithTheFirstPacketWhereTheBastionsKernelTakesPart(t *testi
 	}()
 	s.Link.SetDelay(20 * time.Millisecond) // so that answers are given before handshakes are complete
 	connect := fmt.Sprintf("CONNECT %v:%d HTTP/1.1\r\nHost: %[1]v:%[2]d\r\n\r\n", s.Cloud.Addr, echoPort)
-	for _, takes := range []string{"1", "3"} {
-		s.ok(s.Bastion.Command(s.ctx, "sysctl", "-w", "net.ipv4.tcp_fastopen="+takes))
-		s.ok(s.alice.VPN(s.ctx, "up"))
+	vpn, err := lab.Bin("vpn")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		mode, takes string
+		prefix      []string
+	}{{client.ModeTUN, "1", nil}, {client.ModeTUN, "3", nil}, {client.ModeRootless, "1", unprivileged}, {client.ModeRootless, "3", unprivileged}} {
+		name := c.mode + ", tcp_fastopen " + c.takes
+		s.ok(s.Bastion.Command(s.ctx, "sysctl", "-w", "net.ipv4.tcp_fastopen="+c.takes))
+		up := append(slices.Clone(c.prefix), vpn, "up")
+		s.ok(s.alice.Command(s.ctx, up[0], up[1:]...))
+		if mode := s.status(s.alice).Mode; mode != c.mode {
+			t.Fatalf("%s: the tunnel is %s", name, mode)
+		}
 		before := s.counted(s.Bastion, "TCPFastOpenPassive")
 		// What is sent along, and a side that ends at once: nothing is lost.
 		if got := s.half(connect + "at once"); !strings.HasPrefix(got, "HTTP/1.1 200 ") || !strings.HasSuffix(got, "\r\n\r\nheard at once") {
-			t.Errorf("tcp_fastopen %s: %q", takes, got)
+			t.Errorf("%s: %q", name, got)
 		}
 		// A spare connection may have served that one.
 		for range 3 {
 			if got := s.half(connect); !strings.HasSuffix(got, "heard ") {
-				t.Errorf("tcp_fastopen %s: %q", takes, got)
+				t.Errorf("%s: %q", name, got)
 			}
 		}
 		// A refusal is whole, although it was written and its side ended before the client had answered.
 		resp, err := http.ReadResponse(bufio.NewReader(strings.NewReader(s.half("CONNECT evil.example.com:443 HTTP/1.1\r\nHost: evil.example.com:443\r\n\r\n"))), nil)
 		if err != nil {
-			t.Fatalf("tcp_fastopen %s: %v", takes, err)
+			t.Fatalf("%s: %v", name, err)
 		}
 		if body, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != http.StatusForbidden || !strings.Contains(string(body), "perimeterd why") {
-			t.Errorf("tcp_fastopen %s: refused with %s, %v:\n%s", takes, resp.Status, err, body)
+			t.Errorf("%s: refused with %s, %v:\n%s", name, resp.Status, err, body)
 		}
 		// An ordinary client's page, by name and with TLS, by both ways in.
 		for _, proxy := range []string{localProxy, "10.77.0.1:3128"} {
+			if proxy != localProxy && c.mode == client.ModeRootless {
+				continue
+			}
 			if got := s.ok(s.curl("--proxy", "http://"+proxy, "https://"+cloudName+"/")); got != "seen from "+s.Egress.String()+"\n" {
-				t.Errorf("tcp_fastopen %s, by %s: %q", takes, proxy, got)
+				t.Errorf("%s, by %s: %q", name, proxy, got)
 			}
 		}
 		early := s.counted(s.Bastion, "TCPFastOpenPassive") - before
-		if takes == "1" && early != 0 || takes == "3" && early < 4 {
-			t.Errorf("tcp_fastopen %s: %d requests came with a SYN", takes, early)
+		if c.takes == "1" && early != 0 || c.takes == "3" && early < 4 {
+			t.Errorf("%s: %d requests came with a SYN", name, early)
 		}
 
 		// The answers to it are lost, and the client's kernel sends its SYN again: it reaches for its destination once.
@@ -127,14 +147,14 @@ func TestRequestLeavesWithTheFirstPacketWhereTheBastionsKernelTakesPart(t *testi
 			return gone
 		})
 		if got := s.half(connect + "again"); !strings.HasSuffix(got, "heard again") {
-			t.Errorf("tcp_fastopen %s, answers lost: %q", takes, got)
+			t.Errorf("%s, answers lost: %q", name, got)
 		}
 		s.Link.SetLoss(nil)
 		if lost == 0 {
-			t.Errorf("tcp_fastopen %s: no packet was lost", takes)
+			t.Errorf("%s: no packet was lost", name)
 		}
 		if n := reached.Load() - was; n != 1 {
-			t.Errorf("tcp_fastopen %s: the destination was reached %d times", takes, n)
+			t.Errorf("%s: the destination was reached %d times", name, n)
 		}
 		s.ok(s.alice.VPN(s.ctx, "down"))
 	}
