@@ -201,10 +201,12 @@ func (c *spare) awake() bool {
 
 // fill makes what is missing, behind the back of who uses the last.
 func (s *spares) fill() {
-	want := map[earliness]int{never: spareCount, perhaps: 1, likely: 0}[s.early()]
+	if s.early() == likely {
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for !s.closed && len(s.ready)+s.coming < want {
+	for !s.closed && len(s.ready)+s.coming < spareCount {
 		s.coming++
 		go s.make()
 	}
