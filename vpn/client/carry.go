@@ -143,7 +143,7 @@ type spares struct {
 	mu      sync.Mutex
 	ready   []*spare
 	coming  int
-	waiting []chan struct{} // each is closed when another is ready, or did not come
+	waiting []chan bool // each gets whether another is ready, or did not come
 	closed  bool
 }
 
@@ -176,17 +176,20 @@ func (s *spares) take(ctx context.Context, first []byte) (net.Conn, error) {
 			return s.dial(ctx, first)
 		}
 		// One that is on its way is there sooner than one that begins now, and the next is for who comes after.
-		sooner := make(chan struct{})
+		sooner := make(chan bool, 1)
 		s.waiting = append(s.waiting, sooner)
 		s.mu.Unlock()
 		select {
-		case <-sooner:
+		case came := <-sooner:
+			if came {
+				continue
+			}
 		case <-ctx.Done():
 			s.mu.Lock()
-			s.waiting = slices.DeleteFunc(s.waiting, func(c chan struct{}) bool { return c == sooner })
+			s.waiting = slices.DeleteFunc(s.waiting, func(c chan bool) bool { return c == sooner })
 			s.mu.Unlock()
-			return nil, ctx.Err()
 		}
+		return s.dial(ctx, first) // or the reason why not
 	}
 }
 
@@ -219,12 +222,10 @@ func (s *spares) make() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.coming--
-	defer func() {
-		if len(s.waiting) > 0 {
-			close(s.waiting[0])
-			s.waiting = s.waiting[1:]
-		}
-	}()
+	if len(s.waiting) > 0 {
+		s.waiting[0] <- err == nil
+		s.waiting = s.waiting[1:]
+	}
 	if err != nil {
 		return
 	}
