@@ -39,21 +39,23 @@ const localProxy = "http://127.0.0.1:3128"
 var unprivileged = []string{"setpriv", "--bounding-set=-net_admin"}
 
 func ways(programs []string) (all []way) {
-	for i, vpn := range programs {
-		of := ""
-		if len(programs) > 1 {
-			of = fmt.Sprintf(" (client %d)", i+1)
+	for _, w := range []way{{byDevice, "", nil, ourProxy, 4}, {byListener, "", nil, localProxy, 3}, {byExec, "", nil, "", 3},
+		{rootless, "", unprivileged, localProxy, 3}, {rootExec, "", unprivileged, "", 3}} {
+		for i, vpn := range programs {
+			of := w
+			if of.vpn = vpn; len(programs) > 1 {
+				of.who += fmt.Sprintf(" (client %d)", i+1)
+			}
+			all = append(all, of)
 		}
-		all = append(all, way{byDevice + of, vpn, nil, ourProxy, 4}, way{byListener + of, vpn, nil, localProxy, 3}, way{byExec + of, vpn, nil, "", 3},
-			way{rootless + of, vpn, unprivileged, localProxy, 3}, way{rootExec + of, vpn, unprivileged, "", 3})
 	}
 	return all
 }
 
 // Names of what is measured.
 const (
-	upTrips    = "up as a person may, "
-	wholeTrips = "first byte as a person may, "
+	upTrips    = "tunnel up by each way, "
+	wholeTrips = "first byte by each way, "
 )
 
 func (s *stage) vpn(ctx context.Context, w way, args ...string) *lab.Cmd {
@@ -103,7 +105,11 @@ func (s *stage) take(ctx context.Context, w way, curl []string) (up, whole time.
 }
 
 // trips takes each way in turn, cold and warm: what is the link's in it, and what is ours.
-func (r *report) trips(ctx context.Context, runs int, clients string) error {
+func (r *report) trips(ctx context.Context, runs int, clients string, trip time.Duration) error {
+	all := append([]time.Duration{0}, roundTrips...)
+	if trip >= 0 {
+		all = []time.Duration{trip}
+	}
 	if clients == "" {
 		bin, err := lab.Bin("vpn")
 		if err != nil {
@@ -116,16 +122,13 @@ func (r *report) trips(ctx context.Context, runs int, clients string) error {
 		return err
 	}
 	defer s.Close()
-	if _, err := output(s.Bastion.Command(ctx, "sysctl", "-q", "-w", "net.ipv4.tcp_fastopen=3")); err != nil { // as the package does
-		return err
-	}
 	curl := []string{"curl", "-sSN", "--max-time", "60", "--cacert", s.cloud.CAFile, "https://" + cloudName + "/"}
-	all := ways(strings.Split(clients, ","))
-	for _, rtt := range append([]time.Duration{0}, roundTrips...) {
+	ways := ways(strings.Split(clients, ","))
+	for _, rtt := range all {
 		s.Link.SetDelay(rtt / 2)
 		at := float64(rtt) / float64(time.Millisecond)
 		for range runs {
-			for _, w := range all {
+			for _, w := range ways {
 				if err := s.next(ctx); err != nil {
 					return err
 				}
@@ -156,18 +159,19 @@ func (r *report) trips(ctx context.Context, runs int, clients string) error {
 		}
 		fmt.Printf("round trip %v: done\n", rtt)
 	}
-	fmt.Printf("\n%s\n", r.tripsTable(all))
+	r.overheads = r.tripsTable(ways, all)
+	fmt.Println(r.overheads)
 	return nil
 }
 
 // tripsTable shows what is the link's, in whole round trips, and what is the programs'.
-func (r *report) tripsTable(all []way) string {
+func (r *report) tripsTable(all []way, trips []time.Duration) string {
 	var b strings.Builder
 	b.WriteString("| | | round trip | tunnel | first byte |\n|---|---|---|---|---|\n")
 	for _, w := range all {
 		for _, warm := range []bool{false, true} {
 			up := map[bool]int{false: 3, true: 1}[warm]
-			for _, rtt := range append([]time.Duration{0}, roundTrips...) {
+			for _, rtt := range trips {
 				cell := func(what string, trips int) string {
 					list := r.values(what+kind(warm), w.who, float64(rtt)/float64(time.Millisecond))
 					if len(list) == 0 {
