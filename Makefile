@@ -10,7 +10,7 @@
 # make bench-limits   what the machine can do without us, half a minute; writes docs/benchmarks.md
 # make test-iam     our evaluator of IAM policies against an independent one from npm, 10,000 cases, half a minute
 # make bench-knock  3,000 knocks over a link with two receive queues, a minute; fails if one of our client's was lost
-# make bench-connect  time to a tunnel and to the first byte, cold and warm, and what they carry, beside ipset + OpenVPN + Squid and wireguard-go; with losses; ten minutes; writes docs/benchmarks.md, bench/connect.json
+# make bench-connect  time to a tunnel and to the first byte, cold and warm, and what they carry, beside ipset + OpenVPN + Squid and wireguard-go; with losses; a quarter of an hour; writes docs/benchmarks.md, bench/connect.json
 # make bench        all that is measured beside others, one after the other, and a table of it; half an hour; writes docs/benchmarks.md, bench/results.json, docs/plots
 # make bench-go     Go's micro-benchmarks
 # make deb          the Debian packages, built twice and compared, under lintian; in bin/deb

@@ -48,7 +48,8 @@ type SessionReply struct {
 	Keepalive       int            `json:"keepalive"` // seconds
 	Expires         time.Time      `json:"expires"`
 	PostQuantum     bool           `json:"post_quantum"`
-	Renew           bool           `json:"renew,omitempty"` // the certificate's authority is on the way out: renew it now
+	Streams         bool           `json:"streams,omitempty"` // the gate takes the tunnel's datagrams by TLS: see StreamPath
+	Renew           bool           `json:"renew,omitempty"`   // the certificate's authority is on the way out: renew it now
 }
 
 // APIError is every refusal's body: {"error": {"code", "message", "fix"}}. Codes are stable; sentences are for people.

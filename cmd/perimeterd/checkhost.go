@@ -31,6 +31,7 @@ func checkHost(ctx context.Context, c *configs.Config) (lines []line) {
 	lines = append(lines, found("tunnel.network", text, err))
 	text, err = checkBind(c.Proxy.Bind)
 	lines = append(lines, found("egress.bind", text, err))
+	lines = append(lines, checkEarly())
 	lines = append(lines, checkAWSNames(ctx, net.DefaultResolver, c.Proxy.Regions)...)
 	return append(lines, checkFirewalls(ctx, c.Firewall)...)
 }

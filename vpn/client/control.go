@@ -26,7 +26,7 @@ var ErrRunning = errors.New("another process keeps this tunnel")
 const (
 	doStatus = "status" // at once
 	doUp     = "up"     // when the tunnel is up and not known to be blocked; it then stays up
-	doHold   = "hold"   // when data have passed; a tunnel raised for holders, and a local listener of its own, stay while this connection does
+	doHold   = "hold"   // when data pass for sure; a tunnel raised for holders, and a local listener of its own, stay while this connection does
 	doRenew  = "renew"  // when the certificate was renewed, or not
 	doDown   = "down"   // when the tunnel is down; the connection ends with the process
 )
@@ -126,28 +126,31 @@ func (s *Server) Serve(ctx context.Context, ready func(Status)) error {
 	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	// Packets are under way while the listeners are made.
+	started := make(chan error, 1)
+	go func() { started <- s.Keeper.Start(ctx) }()
+	abandon := func(err error) error {
+		cancel()
+		if <-started == nil {
+			s.Keeper.Stop()
+		}
+		return err
+	}
 	listener, err := net.Listen("unix", socket) // its directory lets only the owner in
 	if err != nil {
-		return fmt.Errorf("control socket: %w", err)
+		return abandon(fmt.Errorf("control socket: %w", err))
 	}
 	defer listener.Close()
 	if err := os.Chmod(socket, 0o600); err != nil {
-		return err
+		return abandon(err)
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	port, lost, err := listenLocal(p)
 	if err != nil {
-		return err
+		return abandon(err)
 	}
 	defer port.Close()
-	if lost != 0 { // any user may take it while the tunnel is down, and browsers and shells still go there
-		told := fmt.Sprintf("another program has 127.0.0.1:%d, so the proxy is %v from now on: what is set to the old one talks to that program", lost, port.Addr())
-		s.Keeper.Log.Warn(told)
-		if s.Keeper.Progress != nil {
-			s.Keeper.Progress(told)
-		}
-	}
 	s.local = newLocal(port, s.Keeper, false)
 	s.change, s.ready, s.ended = make(chan struct{}), make(chan struct{}), make(chan struct{})
 	var talks sync.WaitGroup
@@ -172,7 +175,14 @@ func (s *Server) Serve(ctx context.Context, ready func(Status)) error {
 		talks.Wait()
 	}()
 
-	s.failed = s.Keeper.Start(ctx)
+	s.failed = <-started
+	if lost != 0 { // any user may take it while the tunnel is down, and browsers and shells still go there
+		told := fmt.Sprintf("another program has 127.0.0.1:%d, so the proxy is %v from now on: what is set to the old one talks to that program", lost, port.Addr())
+		s.Keeper.Log.Warn(told)
+		if s.Keeper.Progress != nil {
+			s.Keeper.Progress(told)
+		}
+	}
 	close(s.ready)
 	if s.failed != nil {
 		return s.failed
@@ -273,14 +283,14 @@ func (s *Server) talk(ctx context.Context, c net.Conn, leave, end func()) {
 	// await answers when the tunnel can be used, or cannot, and returns which. On its way down the process says nothing.
 	gone, leaving := context.WithCancel(ctx)
 	defer leaving()
-	await := func(confirmed bool) bool {
+	await := func(sure bool) bool {
 		go func() { in.ReadByte(); leaving() }()
 		<-s.ready
 		err := s.failed
 		if err == nil {
 			waiting, cancel := context.WithTimeout(gone, req.Wait)
 			defer cancel()
-			err = s.Keeper.Await(waiting, confirmed)
+			err = s.Keeper.Await(waiting, sure)
 		}
 		if ctx.Err() == nil || s.failed != nil {
 			answer(err)
@@ -428,7 +438,7 @@ type Held struct {
 	conn   net.Conn
 }
 
-// Hold waits until data have passed through the tunnel, so long at most, and keeps a tunnel up that was raised with Held,
+// Hold waits until data pass through the tunnel for sure, so long at most, and keeps a tunnel up that was raised with Held,
 // until it is released; ErrDown when there is none.
 func Hold(ctx context.Context, p *Profile, wait time.Duration) (*Held, error) {
 	c, a, err := ask(ctx, p, controlRequest{doHold, wait})

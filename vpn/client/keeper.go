@@ -82,9 +82,9 @@ func (k *Keeper) noteLocked() {
 	}
 }
 
-// Await returns when the tunnel is up and, as far as is known, data pass; with confirmed, when data have passed. When ctx
-// ends before, or the gate refuses, it says why.
-func (k *Keeper) Await(ctx context.Context, confirmed bool) error {
+// Await returns when the tunnel is up and, as far as is known, data pass; with sure, when they have passed or their way has proven
+// itself otherwise. When ctx ends before, or the gate refuses, it says why.
+func (k *Keeper) Await(ctx context.Context, sure bool) error {
 	for first := true; ; first = false {
 		k.mu.Lock()
 		state, data, problem := k.state, k.data, k.problem
@@ -92,7 +92,7 @@ func (k *Keeper) Await(ctx context.Context, confirmed bool) error {
 			k.changed = make(chan struct{})
 		}
 		changed := k.changed
-		good := state == Up && (data == DataConfirmed || data == DataUnknown && !confirmed)
+		good := state == Up && (data == DataConfirmed || data == DataUnknown && (!sure || k.tunnel.proven))
 		k.hurry = k.hurry || first && (state == Retrying || data == DataBlocked)
 		k.mu.Unlock()
 		switch {

@@ -58,9 +58,9 @@ func newLocal(l net.Listener, k *Keeper, asked bool) *Local {
 	login := loginName + ":" + fmt.Sprintf("%x", secret)
 	s := &Local{listener: l, at: l.Addr().(*net.TCPAddr).AddrPort(), keeper: k, log: k.Log,
 		login: base64.StdEncoding.EncodeToString([]byte(login)), url: "http://" + login + "@" + l.Addr().String(), asked: asked}
-	s.spares = &spares{dial: func(ctx context.Context) (net.Conn, error) {
+	s.spares = &spares{early: k.early, dial: func(ctx context.Context, first []byte) (net.Conn, error) {
 		proxy, _ := k.addresses()
-		return k.Dial(ctx, proxy)
+		return k.Dial(ctx, proxy, first)
 	}}
 	var err error
 	s.owners, err = newOwners()
@@ -198,10 +198,16 @@ func (s *Local) knows(authorization string) bool {
 	return strings.EqualFold(scheme, "Basic") && subtle.ConstantTimeCompare([]byte(strings.TrimSpace(login)), []byte(s.login)) == 1
 }
 
-// carry hands a request and all that follows to the bastion's proxy, in one flight, and the other way round.
+// carry hands a request and all that follows to the bastion's proxy, and the other way round. A CONNECT may leave before the proxy
+// has answered to the connection, and then come there twice where packets are lost and the proxy has ended the first in between (RFC
+// 7413, 2.1): that reaches for its destination twice, and no more. Anything else might be done twice, and waits.
 func (s *Local) carry(ctx context.Context, in *net.TCPConn, q *request) {
+	first, then := q.head, q.rest
+	if q.method != http.MethodConnect {
+		first, then = nil, append(q.head, q.rest...)
+	}
 	dialing, cancel := context.WithTimeout(ctx, carryPatience)
-	out, err := s.spares.take(dialing)
+	out, err := s.spares.take(dialing, first)
 	cancel()
 	if err != nil {
 		s.fail(in, err)
@@ -209,9 +215,11 @@ func (s *Local) carry(ctx context.Context, in *net.TCPConn, q *request) {
 	}
 	defer out.Close()
 	defer context.AfterFunc(ctx, func() { cut(out) })()
-	if _, err := out.Write(append(q.head, q.rest...)); err != nil {
-		s.fail(in, fmt.Errorf("the bastion's proxy: %w", err))
-		return
+	if len(then) > 0 {
+		if _, err := out.Write(then); err != nil {
+			s.fail(in, fmt.Errorf("the bastion's proxy: %w", err))
+			return
+		}
 	}
 	relay(in, out)
 }
@@ -261,7 +269,7 @@ func (s *Local) page(ctx context.Context, in *net.TCPConn, q *request) {
 	ctx, cancel := context.WithTimeout(ctx, localPatience)
 	defer cancel()
 	t := &http.Transport{DisableKeepAlives: true, DisableCompression: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return s.keeper.Dial(ctx, console)
+		return s.keeper.Dial(ctx, console, nil)
 	}}
 	resp, err := t.RoundTrip(req.WithContext(ctx))
 	if err != nil {

@@ -57,7 +57,7 @@ func TestSocketThatNobodyHoldsIsNotRoots(t *testing.T) {
 func TestDeadSpareIsNotUsed(t *testing.T) {
 	dials := 0
 	var fars []*net.TCPConn
-	s := &spares{closed: true, dial: func(context.Context) (net.Conn, error) { // closed: it makes none by itself
+	s := &spares{closed: true, early: func() earliness { return never }, dial: func(context.Context, []byte) (net.Conn, error) { // closed: it makes none by itself
 		dials++
 		near, far := pair(t)
 		fars = append(fars, far)
@@ -80,7 +80,7 @@ func TestDeadSpareIsNotUsed(t *testing.T) {
 				time.Sleep(time.Millisecond)
 			}
 		}
-		c, err := s.take(context.Background())
+		c, err := s.take(context.Background(), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -93,6 +93,62 @@ func TestDeadSpareIsNotUsed(t *testing.T) {
 			t.Errorf("killed %v: %q %v", kill, word, err)
 		}
 	}
+}
+
+func TestRequestTakesAConnectionThatIsOnItsWay(t *testing.T) {
+	early := never
+	spare, far := make(chan bool), make(chan *net.TCPConn, 1) // whether the next spare comes; the other end of what was dialed
+	s := &spares{early: func() earliness { return early }, dial: func(ctx context.Context, first []byte) (net.Conn, error) {
+		if len(first) == 0 && !<-spare || ctx.Err() != nil {
+			return nil, errors.New("no way there")
+		}
+		a, b := pair(t)
+		far <- b
+		a.Write(first)
+		return a, nil
+	}}
+	defer close(spare)
+	took := make(chan error)
+	take := func(ctx context.Context) { _, err := s.take(ctx, []byte("first")); took <- err }
+	waits := func() {
+		for n := 0; n == 0; time.Sleep(time.Millisecond) {
+			s.mu.Lock()
+			n = len(s.waiting)
+			s.mu.Unlock()
+		}
+	}
+	heard := func(what string) {
+		t.Helper()
+		b := make([]byte, 5)
+		if _, err := io.ReadFull(<-far, b); err != nil || string(b) != "first" {
+			t.Errorf("%s: %q, %v", what, b, err)
+		}
+	}
+	s.fill()
+	for _, comes := range []bool{true, false} {
+		go take(t.Context())
+		waits()
+		spare <- comes
+		if err := <-took; err != nil {
+			t.Fatal(err)
+		}
+		heard(map[bool]string{true: "one that came", false: "one that did not come"}[comes])
+	}
+	// Nobody waits longer than he wants to, nor where the request can leave at once.
+	ctx, cancel := context.WithCancel(t.Context())
+	go take(ctx)
+	waits()
+	cancel()
+	if err := <-took; err == nil || err.Error() != "no way there" {
+		t.Errorf("who does not wait any more: %v", err)
+	}
+	early = likely
+	go take(t.Context())
+	if err := <-took; err != nil {
+		t.Fatal(err)
+	}
+	heard("at once")
+	s.close()
 }
 
 func TestEndOfOneDirectionIsCarriedOver(t *testing.T) {

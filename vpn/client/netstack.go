@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.zx2c4.com/wireguard/conn"
@@ -44,6 +45,9 @@ type netstack struct {
 	cancel func()
 	closed sync.Once
 
+	openings openings
+	earliest atomic.Int32 // an earliness: what came of the last early connection
+
 	mu    sync.Mutex
 	mtu   int
 	conns int
@@ -60,6 +64,7 @@ func NewNetstack() (Link, error) {
 		events: make(chan tun.Event, 4),
 		mtu:    maxMTU,
 	}
+	n.earliest.Store(int32(perhaps))
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	sack, moderate := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true)
 	// Without RACK, which arms a timer at each acknowledgement.
@@ -114,6 +119,14 @@ func (n *netstack) Configure(address, _ netip.Addr, mtu int, _ bool) error {
 
 // DialContext implements Link, for TCP to an IPv4 address.
 func (n *netstack) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	return n.DialWith(ctx, network, address, nil)
+}
+
+// early implements earlyLink.
+func (n *netstack) early() earliness { return earliness(n.earliest.Load()) }
+
+// DialWith implements earlyLink.
+func (n *netstack) DialWith(ctx context.Context, network, address string, first []byte) (net.Conn, error) {
 	to, err := netip.ParseAddrPort(address)
 	if err != nil {
 		return nil, err
@@ -131,6 +144,15 @@ func (n *netstack) DialContext(ctx context.Context, network, address string) (ne
 		free()
 		return fail(errors.New(no.String()))
 	}
+	port := uint16(0)
+	if len(first) > 0 {
+		if no := end.Bind(tcpip.FullAddress{}); no == nil {
+			if own, no := end.GetLocalAddress(); no == nil {
+				port = own.Port
+				n.openings.add(port, first)
+			}
+		}
+	}
 	entry, writable := waiter.NewChannelEntry(waiter.WritableEvents | waiter.EventErr | waiter.EventHUp)
 	queue.EventRegister(&entry)
 	defer queue.EventUnregister(&entry)
@@ -138,6 +160,7 @@ func (n *netstack) DialContext(ctx context.Context, network, address string) (ne
 	if _, started := no.(*tcpip.ErrConnectStarted); started {
 		select {
 		case <-ctx.Done():
+			n.openings.remove(port)
 			end.Abort()
 			free()
 			return fail(ctx.Err())
@@ -147,15 +170,34 @@ func (n *netstack) DialContext(ctx context.Context, network, address string) (ne
 	}
 	switch no.(type) {
 	case nil:
-		return &stackConn{gonet.NewTCPConn(queue, end), end, free}, nil
+		c := &stackConn{gonet.NewTCPConn(queue, end), end, free}
+		if len(first) > 0 {
+			_, err = c.Write(first)
+			n.begun(port)
+		}
+		if err != nil {
+			c.Close()
+			return fail(err)
+		}
+		return c, nil
 	case *tcpip.ErrConnectionRefused:
 		err = syscall.ECONNREFUSED
 	default:
 		err = errors.New(no.String())
 	}
+	n.openings.remove(port)
 	end.Abort()
 	free()
 	return fail(err)
+}
+
+// begun notes whether the connection from a port has begun early.
+func (n *netstack) begun(port uint16) {
+	is := never
+	if n.openings.remove(port) {
+		is = likely
+	}
+	n.earliest.Store(int32(is))
 }
 
 // stackConn is a connection of the stack's.
@@ -188,6 +230,9 @@ func (n *netstack) Read(bufs [][]byte, sizes []int, offset int) (int, error) {
 		}
 		packet.DecRef()
 		sizes[count] = size - offset
+		if n.openings.busy() {
+			sizes[count] = n.openings.leaves(bufs[count][offset:], sizes[count], int(n.out.MTU()))
+		}
 		if count++; count == len(bufs) {
 			break
 		}
@@ -204,6 +249,9 @@ func (n *netstack) Write(bufs [][]byte, offset int) (int, error) {
 	for _, b := range bufs {
 		if b = b[offset:]; len(b) == 0 || b[0]>>4 != 4 {
 			continue
+		}
+		if n.openings.busy() {
+			n.openings.comes(b)
 		}
 		packet := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(b)})
 		n.out.InjectInbound(header.IPv4ProtocolNumber, packet)

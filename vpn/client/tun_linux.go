@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/vishvananda/netlink"
@@ -27,7 +28,8 @@ func mayMakeDevice() bool {
 // systemTUN is a Link of the operating system's: every process of the machine reaches the proxy through it.
 type systemTUN struct {
 	tun.Device
-	address netip.Addr
+	address  netip.Addr
+	earliest atomic.Int32 // an earliness: what came of the last early connection
 }
 
 // NewSystemTUN makes a tunnel interface, named by the kernel. It has no address and no route yet: nothing goes there.
@@ -42,7 +44,9 @@ func NewSystemTUN() (Link, error) {
 	if err != nil {
 		return nil, fmt.Errorf("tunnel device: %w", err)
 	}
-	return &systemTUN{Device: d}, nil
+	t := &systemTUN{Device: d}
+	t.earliest.Store(int32(perhaps))
+	return t, nil
 }
 
 // Configure gives the interface its address and MTU and one route: to the proxy. It touches no DNS and no default route.

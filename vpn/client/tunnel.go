@@ -59,6 +59,7 @@ type Tunnel struct {
 	roundTrip  time.Duration // to the gate, as it was when the tunnel came up
 	configured bool          // the link is
 	responded  bool          // the reply had the handshake's response in it
+	proven     bool          // a way for data: a handshake was answered there, or it is the stream that the reply came by
 	endpoint   conn.Endpoint // the gate's, UDP: the only one that the device knows
 }
 
@@ -214,6 +215,8 @@ func (t *Tunnel) open(ctx context.Context, o Options, replaces *Tunnel, k *kept,
 	ours = false
 	if err := t.attach(g, func(error) {}); err != nil {
 		o.Log.Debug("no stream", "error", err)
+	} else {
+		t.proven = t.Session.Streams
 	}
 	if err := t.waitKeys(ctx); err != nil {
 		return err
@@ -341,6 +344,7 @@ func (t *Tunnel) waitKeys(ctx context.Context) error {
 	}
 	select {
 	case <-t.wire.keyed:
+		t.proven = true
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("the gate gave a session, but UDP port %d of %v does not answer, and the gate takes no packets by TLS: "+

@@ -161,6 +161,7 @@ func (t *Tunnel) warm(ctx context.Context, o Options, k *kept) (bool, error) {
 // welcome is what is left to do when the kept session has answered.
 func (t *Tunnel) welcome(o Options) error {
 	o.Tokens.Answered()
+	t.proven = true
 	t.Session.PresharedKey = nil
 	return t.keepAlive()
 }

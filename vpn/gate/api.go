@@ -111,7 +111,7 @@ func (g *Gate) post(w http.ResponseWriter, r *http.Request, id identity.Identity
 			g.store.End(s.ID, session.Changed))
 	}
 	reply := g.reply(s)
-	reply.PresharedKey, reply.Renew = s.PresharedKey[:], id.Leaving && g.renewals.Signer != nil
+	reply.PresharedKey, reply.Streams, reply.Renew = s.PresharedKey[:], g.tunnel.bind != nil, id.Leaving && g.renewals.Signer != nil
 	if len(req.Initiation) != 0 {
 		reply.Response = g.tunnel.Handshake(r.Context(), s.PublicKey, req.Initiation, outer(r))
 	}

@@ -28,7 +28,7 @@ func (r *report) laptop() string {
 %s
 
 Time runs from the start of the first command (`+"`vpn up`"+`; knockd's `+"`knock`"+`, then `+"`openvpn`"+`) to a tunnel that carries data, and on to the first
-byte of an HTTPS page that stock curl fetches through the proxy. The link holds every packet for half the round trip. Cold: nothing
+byte of an HTTPS page that stock curl fetches through the proxy, which is 127.0.0.1:3128 with us, as `+"`vpn env`"+` says. The link holds every packet for half the round trip. Cold: nothing
 is kept. Warm: the client died as in a power cut, and the session of before stands where there is such a thing. The stack replaced:
 an ipset script, OpenVPN (TCP, AES-256-CBC, RSA certificates, tls-auth), Squid that allows the tunnel's addresses. Ways in turn, medians; client,
 servers and cloud share the machine.
@@ -71,11 +71,16 @@ servers and cloud share the machine.
 	fmt.Fprintf(&b, `
 In round trips: what is added between %v and %v, by the length that is added.
 
+The same by each way that our client offers, as whole round trips and what the machine adds to them: programs that start, and the link's
+own work. Cold: nothing is kept; warm: a session stands, after a power cut or a `+"`vpn exec`"+`. Medians.
+
+%s
+
 TCP through the tunnel alone, no delay: median (lowest, highest), MB/s; the CPU is of the process, at one flow, down if nothing is said.
 
 | | %s | %s | %s | %s |
 |---|---|---|---|---|
-`, roundTrips[0], roundTrips[len(roundTrips)-1], ours, plainWG, vpnTCP, vpnUDP)
+`, roundTrips[0], roundTrips[len(roundTrips)-1], r.overheads, ours, plainWG, vpnTCP, vpnUDP)
 	rate := func(what, who string, unit float64, format string) string {
 		v := r.values(what, who, 0)
 		return fmt.Sprintf(format+" ("+format+", "+format+")", bench.Quantile(v, 0.5)/unit, bench.Quantile(v, 0)/unit, bench.Quantile(v, 1)/unit)

@@ -20,7 +20,7 @@ import (
 )
 
 // limit is the longest that it may take.
-const limit = 14 * time.Minute
+const limit = 18 * time.Minute
 
 // cloudName is a name that the default rules allow.
 const cloudName = "s3.us-east-1.amazonaws.com"
@@ -29,25 +29,28 @@ func main() {
 	runs := flag.Int("runs", 5, "how often each way to connect is taken on each link")
 	rounds := flag.Int("rounds", 3, "how often each transfer is measured, in turn")
 	span := flag.Duration("span", 1500*time.Millisecond, "how long each transfer is measured once it flows")
-	only := flag.String("only", "time,loss,death,speed", "`PARTS` to measure; only all of them are written")
+	only := flag.String("only", "time,trips,loss,death,speed", "`PARTS` to measure; only all of them are written")
+	clients := flag.String("clients", "", "vpn `PROGRAMS` to set side by side in part trips, apart by commas; default: the one that is built")
+	trip := flag.Duration("trip", -1, "only this round trip in part trips; default: none, and those of part time")
 	results := flag.String("results", "bench/connect.json", "`FILE` for the raw numbers")
 	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose sections \"From a cold laptop\" and \"Connecting\" are written")
 	flag.Parse()
 	bench.Main("bench-connect", limit, func(ctx context.Context) error {
-		return measure(ctx, *runs, *rounds, *span, strings.Split(*only, ","), *results, *doc)
+		return measure(ctx, *runs, *rounds, *span, strings.Split(*only, ","), *clients, *trip, *results, *doc)
 	})
 }
 
-func measure(ctx context.Context, runs, rounds int, span time.Duration, parts []string, results, doc string) error {
+func measure(ctx context.Context, runs, rounds int, span time.Duration, parts []string, clients string, trip time.Duration, results, doc string) error {
 	all := map[string]func(context.Context, *report) error{
 		"time":  func(ctx context.Context, r *report) error { return r.times(ctx, runs) },
+		"trips": func(ctx context.Context, r *report) error { return r.trips(ctx, max(runs-2, 1), clients, trip) },
 		"loss":  func(ctx context.Context, r *report) error { return r.losses(ctx) },
 		"death": func(ctx context.Context, r *report) error { return r.deaths(ctx) },
 		"speed": func(ctx context.Context, r *report) error { return r.speeds(ctx, rounds, span) },
 	}
 	for _, part := range parts {
 		if all[part] == nil {
-			return fmt.Errorf("-only %q: want time, loss, death, speed", part)
+			return fmt.Errorf("-only %q: want time, trips, loss, death, speed", part)
 		}
 	}
 	run, err := bench.Begin(ctx, "make bench-connect", "openvpn", "squid", "iptables", "ipset", "knockd", "curl")
@@ -56,7 +59,7 @@ func measure(ctx context.Context, runs, rounds int, span time.Duration, parts []
 	}
 	r := &report{Run: run}
 	fmt.Println(r.Machine())
-	for _, part := range []string{"time", "speed", "death", "loss"} {
+	for _, part := range []string{"time", "trips", "speed", "death", "loss"} {
 		if !slices.Contains(parts, part) {
 			continue
 		}
@@ -80,7 +83,8 @@ func measure(ctx context.Context, runs, rounds int, span time.Duration, parts []
 // report is what was measured, and in rows.
 type report struct {
 	*bench.Run
-	rows []row
+	rows      []row
+	overheads string // a table of part trips
 }
 
 type row struct{ what, value string }
@@ -166,6 +170,9 @@ func open(ctx context.Context, o lab.Options, settings ...lab.Setting) (s *stage
 		s.users = append(s.users, u)
 	}
 	s.alice = s.users[0]
+	if _, err := output(s.Bastion.Command(ctx, "sysctl", "-q", "-w", "net.ipv4.tcp_fastopen=3")); err != nil { // as the package does
+		return nil, err
+	}
 	return s, s.daemon.Start(ctx)
 }
 

@@ -127,7 +127,7 @@ func (r *report) times(ctx context.Context, runs int) error {
 	if err != nil {
 		return err
 	}
-	paths := []path{{ours, ourProxy, s.up, s.end}, {stack, replacedProxy, old.up, old.end}}
+	paths := []path{{ours, localProxy, s.up, s.end}, {stack, replacedProxy, old.up, old.end}}
 	for _, rtt := range append([]time.Duration{0}, roundTrips...) { // the first is what the machine itself costs
 		s.Link.SetDelay(rtt / 2)
 		clients := []struct {
