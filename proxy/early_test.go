@@ -25,16 +25,18 @@ func TestListenerOfBeforeTakesARequestWithTheFirstPacket(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	raw, err := l.(*net.TCPListener).SyscallConn()
+	f, err := l.(*net.TCPListener).File()
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer f.Close()
 	at := unix.SockaddrInet4{Port: l.Addr().(*net.TCPAddr).Port, Addr: [4]byte{10, 77, 0, 1}}
 	for _, prepared := range []bool{false, true} {
 		if prepared {
-			if err := Prepare(raw); err != nil {
+			if l, err = Adopt(f); err != nil {
 				t.Fatal(err)
 			}
+			defer l.Close()
 		}
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
