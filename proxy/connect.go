@@ -34,7 +34,7 @@ func (s *Server) connect(l *link, h head, src *source) {
 		s.done(a) // before Run may find no link left and return
 		s.links.remove(l)
 	}
-	if _, err := io.WriteString(l.client, "HTTP/1.1 200 Connection established\r\n\r\n"); err != nil {
+	if _, err := send(l.client, []byte("HTTP/1.1 200 Connection established\r\n\r\n")); err != nil {
 		fail(ClientReset)
 		return
 	}
