@@ -5,9 +5,11 @@ package main
 import (
 	"bytes"
 	"errors"
+	"io"
 	"net/netip"
 	"runtime"
 	"runtime/debug"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -45,7 +47,6 @@ func serveFloor(listening, from, to string) error {
 		return err
 	}
 	runtime.GOMAXPROCS(1)
-	runtime.LockOSThread()
 	debug.SetGCPercent(-1)
 	f := &floor{egress: unix.SockaddrInet4{Addr: egress.As4()}, origin: unix.SockaddrInet4{Addr: origin.As4()}, sides: make([]floorSide, floorRoom),
 		answer: []byte("HTTP/1.1 200 Connection established\r\n\r\n")}
@@ -65,17 +66,17 @@ func serveFloor(listening, from, to string) error {
 	}
 	var events [64]unix.EpollEvent
 	for {
-		n, err := unix.EpollWait(f.poll, events[:], -1)
-		if err != nil && err != unix.EINTR {
-			return err
+		// Go's runtime is not told that this waits: it would look after the thread, which would be in the figures.
+		n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(f.poll), uintptr(unsafe.Pointer(&events)), uintptr(len(events)), ^uintptr(0), 0, 0)
+		if errno == unix.EINTR {
+			n = 0
+		} else if errno != 0 {
+			return errno
 		}
-		for _, e := range events[:max(n, 0)] {
-			if fd := int(e.Fd); fd == f.listening {
-				err = f.accept()
-			} else {
-				err = f.turn(fd, e.Events)
-			}
-			if err != nil {
+		for _, e := range events[:n] {
+			if fd := int(e.Fd); fd != f.listening {
+				f.turn(fd, e.Events)
+			} else if err := f.accept(); err != nil {
 				return err
 			}
 		}
@@ -101,50 +102,39 @@ func (f *floor) accept() error {
 }
 
 // turn does what can be done for a side. What it cannot do ends the tunnel.
-func (f *floor) turn(fd int, events uint32) error {
+func (f *floor) turn(fd int, events uint32) {
 	s := &f.sides[fd]
 	if s.connecting {
-		if events&unix.EPOLLOUT == 0 || events&unix.EPOLLERR != 0 {
-			f.end(fd)
-			return nil
-		}
 		s.connecting = false
-		if _, err := unix.Write(int(s.peer), f.answer); err != nil {
+		if _, err := unix.Write(int(s.peer), f.answer); err != nil || events&unix.EPOLLERR != 0 {
 			f.end(fd)
-			return nil
+			return
 		}
 	}
-	if events&unix.EPOLLIN == 0 || s.peer < 0 && !s.asking {
-		return nil
-	}
-	for {
+	for events&unix.EPOLLIN != 0 && (s.asking || s.peer >= 0) {
 		n, err := unix.Read(fd, f.buffer[:])
 		switch {
 		case err == unix.EAGAIN:
-			return nil
-		case err != nil:
-			f.end(fd)
-			return nil
-		case n == 0:
+			return
+		case err == nil && n == 0:
 			s.ended = true
-			if s.peer < 0 || f.sides[s.peer].ended || unix.Shutdown(int(s.peer), unix.SHUT_WR) != nil {
-				f.end(fd)
+			if s.peer >= 0 && !f.sides[s.peer].ended {
+				err = unix.Shutdown(int(s.peer), unix.SHUT_WR)
+			} else {
+				err = io.EOF
 			}
-			return nil
-		case s.asking:
-			if err := f.dial(fd, f.buffer[:n]); err != nil {
-				f.end(fd)
-				return nil
-			}
-		default:
-			if writeAll(int(s.peer), f.buffer[:n]) != nil {
-				f.end(fd)
-				return nil
-			}
+		case err == nil && s.asking:
+			err = f.dial(fd, f.buffer[:n])
+		case err == nil:
+			err = writeAll(int(s.peer), f.buffer[:n])
+		}
+		if err != nil {
+			f.end(fd)
+			return
 		}
 		// A short read has taken all there was, and the poll says when there is more.
-		if n < len(f.buffer) && events&unix.EPOLLRDHUP == 0 {
-			return nil
+		if s.ended || n < len(f.buffer) && events&unix.EPOLLRDHUP == 0 {
+			return
 		}
 	}
 }
