@@ -99,7 +99,7 @@ func (s *Server) open(l *link, h head, a *Access) (*tunnel, error) {
 	}
 	a.Dialed = remote(server)
 	t := newTunnel(l, server)
-	t.parking = s.parking
+	t.parking, t.crew = s.parking, s.crew
 	if !l.attach(t) {
 		return nil, &refusal{reason: l.why()}
 	}

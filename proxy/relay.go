@@ -246,6 +246,7 @@ type tunnel struct {
 	over     bool          // the link's lock's: finish is called, or has been
 	finish   func(*tunnel)
 	parking  *parking
+	crew     *crew
 }
 
 func newTunnel(l *link, server *net.TCPConn) *tunnel {
@@ -263,7 +264,7 @@ func (t *tunnel) downward() *flow { return &t.down }
 func (t *tunnel) start(fromClient, fromServer *source) {
 	t.up.src, t.down.src = fromClient, fromServer
 	t.left.Store(2)
-	go t.down.run()
+	t.crew.do(t.down.run)
 }
 
 // startParked is start for a tunnel of another process. Most are silent, and a goroutine for each direction, all at once, would leave
