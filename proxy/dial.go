@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"syscall"
 	"time"
@@ -82,10 +83,10 @@ func (d *dialer) dial(ctx context.Context, p *Policy, bind netip.Addr, q Request
 				return
 			}
 			if bind.Is4() {
-				err = unix.Bind(int(fd), &unix.SockaddrInet4{Addr: bind.As4()})
+				err = os.NewSyscallError("bind", unix.Bind(int(fd), &unix.SockaddrInet4{Addr: bind.As4()}))
 			}
 			if err == nil {
-				err = connectNow(fd, to) // net's own finds it begun, or done
+				err = os.NewSyscallError("connect", connectNow(fd, to)) // net's own finds it begun, or done
 			}
 		})
 		return errors.Join(cerr, err)
