@@ -1,9 +1,9 @@
 //go:build linux
 
 // Command proxies measures the proxy side by side with what it replaces, in network namespaces: perimeterd's built binary,
-// Squid and tinyproxy from Debian's packages, the library goproxy alone, and, for tunnels, the least that a proxy can do. `make bench-proxy` runs it as root; it takes about
-// seven minutes, and leaves nothing but its results; `make bench-proxy-idle` holds the silent tunnels for ten. Exit status 1 if a
-// promise is not kept.
+// Squid and tinyproxy from Debian's packages, the library goproxy alone, and, for tunnels and latency, the least that a proxy can
+// do. `make bench-proxy` runs it as root; it takes about seven minutes, and leaves nothing but its results; `make bench-proxy-idle`
+// holds the silent tunnels for ten. Exit status 1 if a promise is not kept.
 package main
 
 import (
