@@ -34,7 +34,7 @@ func (s *Server) connect(l *link, h head, src *source) {
 		s.done(a) // before Run may find no link left and return
 		s.links.remove(l)
 	}
-	if _, err := io.WriteString(l.client, "HTTP/1.1 200 Connection established\r\n\r\n"); err != nil {
+	if _, err := send(l.client, []byte("HTTP/1.1 200 Connection established\r\n\r\n")); err != nil {
 		fail(ClientReset)
 		return
 	}
@@ -99,7 +99,7 @@ func (s *Server) open(l *link, h head, a *Access) (*tunnel, error) {
 	}
 	a.Dialed = remote(server)
 	t := newTunnel(l, server)
-	t.parking = s.parking
+	t.parking, t.crew = s.parking, s.crew
 	if !l.attach(t) {
 		return nil, &refusal{reason: l.why()}
 	}

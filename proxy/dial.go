@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"syscall"
 	"time"
@@ -78,7 +79,15 @@ func (d *dialer) dial(ctx context.Context, p *Policy, bind netip.Addr, q Request
 			return &refusal{reason: v.Reason, rule: v.Rule}
 		}
 		cerr := c.Control(func(fd uintptr) {
-			err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
+			if err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1); err != nil || !to.Addr().Is4() {
+				return
+			}
+			if bind.Is4() {
+				err = os.NewSyscallError("bind", unix.Bind(int(fd), &unix.SockaddrInet4{Addr: bind.As4()}))
+			}
+			if err == nil {
+				err = os.NewSyscallError("connect", connectNow(fd, to)) // net's own finds it begun, or done
+			}
 		})
 		return errors.Join(cerr, err)
 	}
@@ -88,7 +97,7 @@ func (d *dialer) dial(ctx context.Context, p *Policy, bind netip.Addr, q Request
 			nd.KeepAliveConfig = keepAlive
 		}
 		nd.SetMultipathTCP(false)
-		if bind.IsValid() && bind.Is4() == a.Is4() {
+		if bind.Is6() && a.Is6() {
 			nd.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(bind, 0))
 		}
 		c, err := nd.DialContext(ctx, "tcp", netip.AddrPortFrom(a, q.Destination.Port).String())

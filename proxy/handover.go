@@ -388,7 +388,7 @@ func (s *Server) resume(h handed, client, server int) bool {
 	}
 	l := &link{source: a.Source, client: cc, began: h.Accepted, who: identity{session: a.Session, user: a.User, device: a.Device}}
 	t := newTunnel(l, sc)
-	t.parking, t.access, t.finish = s.parking, &a, s.finished
+	t.parking, t.crew, t.access, t.finish = s.parking, s.crew, &a, s.finished
 	t.up.moved.Store(a.Up)
 	t.down.moved.Store(a.Down)
 	for i, f := range []*flow{&t.up, &t.down} {

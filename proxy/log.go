@@ -73,6 +73,10 @@ func (s *Server) line(a *Access) (quota.Left, bool) {
 }
 
 func (s *Server) write(a *Access, left uint64) {
+	ctx, handler := context.Background(), s.log.Handler()
+	if !handler.Enabled(ctx, slog.LevelInfo) {
+		return
+	}
 	verdict := "deny"
 	switch {
 	case a.Decision.Observed:
@@ -106,7 +110,9 @@ func (s *Server) write(a *Access, left uint64) {
 	if left > 0 {
 		attrs = append(attrs, slog.Uint64("left_out", left))
 	}
-	s.log.LogAttrs(context.Background(), slog.LevelInfo, "proxy", attrs...)
+	r := slog.NewRecord(a.Began.Add(a.Duration), slog.LevelInfo, "proxy", 0) // the Logger's own way looks for its caller on the stack
+	r.AddAttrs(attrs...)
+	handler.Handle(ctx, r)
 }
 
 // Watch has fn called with every request after its line, if it gets one, has been logged, from the request's goroutine: fn must be quick. It

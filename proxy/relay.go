@@ -48,7 +48,7 @@ func newSource(c *net.TCPConn, pool *sync.Pool) (*source, error) {
 func (s *source) read(fd uintptr) bool {
 	buf := s.pool.Get().(*[]byte)
 	for {
-		n, err := unix.Read(int(fd), *buf)
+		n, err := readNow(fd, *buf)
 		switch {
 		case err == unix.EINTR:
 			continue
@@ -192,7 +192,7 @@ func (f *flow) pump() error {
 		} else if err != nil {
 			return err
 		}
-		n, err := dst.Write(src.bytes())
+		n, err := send(dst, src.bytes())
 		f.moved.Add(int64(n))
 		full++
 		if src.n < bufferSize {
@@ -246,6 +246,7 @@ type tunnel struct {
 	over     bool          // the link's lock's: finish is called, or has been
 	finish   func(*tunnel)
 	parking  *parking
+	crew     *crew
 }
 
 func newTunnel(l *link, server *net.TCPConn) *tunnel {
@@ -263,7 +264,7 @@ func (t *tunnel) downward() *flow { return &t.down }
 func (t *tunnel) start(fromClient, fromServer *source) {
 	t.up.src, t.down.src = fromClient, fromServer
 	t.left.Store(2)
-	go t.down.run()
+	t.crew.do(t.down.run)
 }
 
 // startParked is start for a tunnel of another process. Most are silent, and a goroutine for each direction, all at once, would leave
@@ -315,7 +316,7 @@ func (f *flow) run() {
 		if err == nil {
 			f.past = true
 			if t.ended.Add(1) < 2 { // closing the link hands the second end on
-				if err = f.to.CloseWrite(); err != nil {
+				if err = sendEnd(f.to); err != nil {
 					err = errWrite{err}
 				}
 			}

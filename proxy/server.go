@@ -50,6 +50,7 @@ type Server struct {
 	debts    *debts
 	buffers  *sync.Pool
 	parking  *parking
+	crew     *crew
 	plain    *plain
 	passage  *Passage // nil: tunnels end with the process
 }
@@ -148,6 +149,7 @@ func New(cfg Config, sessions Sessions, log *slog.Logger) (*Server, error) {
 	if s.parking, err = newParking(); err != nil {
 		return nil, err
 	}
+	s.crew = newCrew()
 	s.state.Store(st)
 	s.plain = newPlain(s)
 	return s, nil
@@ -185,6 +187,7 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	<-s.links.close(Shutdown)
 	s.parking.close()
 	s.plain.close()
+	s.crew.dismiss()
 	tasks.Wait()
 	return err
 }
@@ -223,7 +226,7 @@ func (s *Server) accept(ctx context.Context, l net.Listener) error {
 			return fmt.Errorf("proxy: the listener gives %T: only plain TCP connections can be spliced", c)
 		}
 		s.arriving.Add(1)
-		go s.serve(tc)
+		s.crew.do(func() { s.serve(tc) })
 	}
 }
 

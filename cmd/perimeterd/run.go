@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -56,7 +57,9 @@ func run(ctx context.Context, cfg *configs.Config) (err error) {
 	hup := make(chan os.Signal, 1) // from the first moment, or one that comes early would end the daemon
 	signal.Notify(hup, syscall.SIGHUP)
 	defer signal.Stop(hup)
-	log := newLog(cfg.Log)
+	said := newLines(os.Stderr)
+	defer said.Flush()
+	log := newLog(cfg.Log, said)
 	service, err := systemd.Connect() // before any child, which must not inherit what is stored
 	if err != nil {
 		return err
@@ -372,12 +375,12 @@ func free(cfg gate.Config) error {
 	return fmt.Errorf("tunnel.port %d: %w: nothing was changed on this host; stop the program that has the port, or choose another", cfg.TunnelPort, err)
 }
 
-func newLog(c configs.Log) *slog.Logger {
+func newLog(c configs.Log, to io.Writer) *slog.Logger {
 	o := &slog.HandlerOptions{Level: c.Level}
 	if c.Format == "text" {
-		return slog.New(slog.NewTextHandler(os.Stderr, o))
+		return slog.New(slog.NewTextHandler(to, o))
 	}
-	return slog.New(slog.NewJSONHandler(os.Stderr, o))
+	return slog.New(slog.NewJSONHandler(to, o))
 }
 
 // expire ends sessions when their time comes, until ctx ends. The kernel's elements expire by themselves; this removes

@@ -34,7 +34,7 @@ type latency struct {
 
 // latencies measures all proxies and the way without one, in turn.
 func (r *results) latencies(ctx context.Context, room *room, o options) error {
-	all := append([]*contender{room.direct}, room.all...)
+	all := slices.Concat([]*contender{room.direct}, room.all, room.floor)
 	for _, n := range busyTunnels {
 		found := map[string]*latency{}
 		for _, c := range all {

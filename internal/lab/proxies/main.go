@@ -1,9 +1,9 @@
 //go:build linux
 
 // Command proxies measures the proxy side by side with what it replaces, in network namespaces: perimeterd's built binary,
-// Squid and tinyproxy from Debian's packages, and the library goproxy alone. `make bench-proxy` runs it as root; it takes about
-// seven minutes, and leaves nothing but its results; `make bench-proxy-idle` holds the silent tunnels for ten. Exit status 1 if a
-// promise is not kept.
+// Squid and tinyproxy from Debian's packages, the library goproxy alone, and, for tunnels and latency, the least that a proxy can
+// do. `make bench-proxy` runs it as root; it takes about seven minutes, and leaves nothing but its results; `make bench-proxy-idle`
+// holds the silent tunnels for ten. Exit status 1 if a promise is not kept.
 package main
 
 import (
@@ -53,6 +53,9 @@ func (o options) whole() bool {
 func main() {
 	o := options{}
 	goproxyAt := flag.String("goproxy", "", "`ADDRESS` to serve goproxy on, and nothing else: for the program's own use")
+	floorAt := flag.String("floor", "", "`ADDRESS` to serve the floor on, and nothing else: for the program's own use")
+	egress := flag.String("egress", "", "`ADDRESS` that the floor dials from")
+	origin := flag.String("origin", "", "`ADDRESS` that the floor dials")
 	holds := flag.String("holder", "", "`JSON` of the tunnels to hold: for the program's own use")
 	flag.IntVar(&o.rounds, "rounds", 5, "how often each proxy has its turn")
 	flag.IntVar(&o.tunnels, "tunnels", 3000, "tunnels opened and closed in a turn")
@@ -69,6 +72,9 @@ func main() {
 	switch {
 	case *goproxyAt != "":
 		fmt.Fprintln(os.Stderr, serveGoproxy(*goproxyAt))
+		os.Exit(1)
+	case *floorAt != "":
+		fmt.Fprintln(os.Stderr, serveFloor(*floorAt, *egress, *origin))
 		os.Exit(1)
 	case *holds != "":
 		if err := hold(*holds, os.Stdin, os.Stdout); err != nil {

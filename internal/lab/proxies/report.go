@@ -33,7 +33,8 @@ type results struct {
 
 	options options
 	order   []string
-	broken  []error // promises
+	floor   []string // if it is measured
+	broken  []error  // promises
 }
 
 // begin says what is measured, and on what.
@@ -45,6 +46,9 @@ func begin(ctx context.Context, room *room, o options) (*results, error) {
 	r := &results{Run: run, options: o}
 	for _, c := range room.all {
 		r.order = append(r.order, c.name)
+	}
+	for _, c := range room.floor {
+		r.floor = append(r.floor, c.name)
 	}
 	if info, ok := debug.ReadBuildInfo(); ok {
 		r.Versions["Go"] = strings.TrimPrefix(info.GoVersion, "go")
@@ -138,11 +142,17 @@ CONNECT, 200, a ClientHello up, %d bytes down, the end; %d threads, %d tunnels a
 | | CPU µs a tunnel, to an address | to a name | tunnels a second, to a name |
 |---|---|---|---|
 `, replySize, callers, r.options.tunnels, r.options.rounds, nameTTL, goalTunnel)
-	for _, name := range append(slices.Clone(r.order), r.order[0]+", by its tunnel") {
+	for _, name := range slices.Concat(r.order, r.floor, []string{r.order[0] + ", by its tunnel"}) {
 		p("| %s | %s | %s | %s |\n", name, spread(r.Tunnels, name, "address", "%.0f", cpuEach), spread(r.Tunnels, name, "name", "%.0f", cpuEach),
 			spread(r.Tunnels, name, "name", "%.0f", rate))
 	}
 	p("\nBy its tunnel: the same, from a client with a WireGuard tunnel, whose packets the same process decrypts and encrypts.\n")
+	if r.floor != nil {
+		p(`
+%s is no product: one thread in bare system calls, which leads every CONNECT to the origin, whatever its name, decides and logs nothing,
+and makes no garbage. It stands in the same place, so it shows what the kernel takes here for the two connections.
+`, "The"+strings.TrimPrefix(floorName, "the"))
+	}
 }
 
 func (r *results) bulkSection(p func(string, ...any)) {
@@ -172,7 +182,7 @@ An exchange of %d bytes each way every %v, by one tunnel after the other, less w
 		p(" %d busy |", n)
 	}
 	p("\n|---|%s\n", strings.Repeat("---|", len(busyTunnels)))
-	for _, name := range append([]string{"direct"}, r.order...) {
+	for _, name := range slices.Concat([]string{"direct"}, r.order, r.floor) {
 		p("| %s |", name)
 		for _, n := range busyTunnels {
 			half, most := r.added(name, n)

@@ -65,6 +65,7 @@ type room struct {
 	member  *swarm.Member // whose session it is
 	distant *swarm.Member // a client with a tunnel
 	all     []*contender  // ours is the first
+	floor   []*contender  // what no product is, if asked for
 	origins []int         // listening sockets at the cloud, by port
 	direct  *contender
 	files   int // that this process and every proxy may open
@@ -132,6 +133,9 @@ func newRoom(ctx context.Context, o options) (_ *room, err error) {
 	if len(o.names) > 0 {
 		r.all = slices.DeleteFunc(r.all, func(c *contender) bool { return !slices.Contains(o.names, c.name) })
 	}
+	if i := slices.IndexFunc(r.all, func(c *contender) bool { return c.name == floorName }); i >= 0 {
+		r.floor, r.all = r.all[i:i+1], slices.Delete(slices.Clone(r.all), i, i+1)
+	}
 	return r, nil
 }
 
@@ -196,6 +200,7 @@ func (r *room) startOthers(ctx context.Context) error {
 		{"goproxy", "", []string{self, "-goproxy", "AT"}},
 		{"squid", squidConf, []string{"squid", "-N", "-f", "CONF"}},
 		{"tinyproxy", tinyproxyConf, []string{"tinyproxy", "-d", "-c", "CONF"}},
+		{floorName, "", []string{self, "-floor", "AT", "-egress", r.Egress.String(), "-origin", r.Cloud.Addr.String()}},
 	} {
 		c := &contender{name: other.name, at: netip.AddrPortFrom(inner, uint16(3129+i))}
 		conf := filepath.Join(dir, other.name+".conf")

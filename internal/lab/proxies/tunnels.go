@@ -50,7 +50,7 @@ func timed(c *contender, kind string, round int, count int64, fn func() error) (
 
 // tunnels opens and closes many: to the origin's address, and to its name.
 func (r *results) tunnels(ctx context.Context, room *room, o options) error {
-	all := slices.Clone(room.all)
+	all := slices.Concat(room.all, room.floor)
 	if ours := all[0]; ours.name == "perimeterd" && len(o.names) == 0 {
 		distant := *ours
 		distant.name, distant.distant = ours.name+", by its tunnel", true
