@@ -12,7 +12,7 @@ import (
 	"perimeterd/vpn"
 )
 
-// ways are the two ways to the gate. With a stream there, its packets try UDP as well for a moment, and the first answer by UDP
+// ways are the two ways to the gate. With a stream there, its first packets try UDP as well, and the first answer by UDP
 // ends the stream: both ways at once would make the gate's answers flap between them. Later only a handshake tries UDP, from time
 // to time, since its answer proves both directions.
 type ways struct {
@@ -29,12 +29,15 @@ type ways struct {
 
 type way struct {
 	*vpn.Stream
-	both time.Time // until then packets go by UDP as well
+	both time.Time    // until then packets go by UDP as well
+	more atomic.Int32 // and so do so many batches, if they come later
 }
 
 const (
-	// bothFor is how long a new stream's packets try UDP too: longer than round trips are.
-	bothFor = time.Second
+	// bothFor is how long a new stream's packets try UDP too: longer than round trips are. The gate answers by the way that a packet
+	// came first, which may be the stream's where its machine has much to do: one packet says little, and so few must try at least.
+	bothFor   = time.Second
+	bothTimes = 16
 	// leaveAfter is how long a stream stays when UDP has answered, for what is on its way.
 	leaveAfter = 2 * time.Second
 )
@@ -45,7 +48,7 @@ func (w *ways) send(b *vpn.Bind, bufs [][]byte, ep conn.Endpoint) error {
 	if s == nil {
 		return b.Send(bufs, ep)
 	}
-	if time.Now().Before(s.both) {
+	if s.more.Add(-1) >= 0 || time.Now().Before(s.both) {
 		_ = b.Send(bufs, ep) // first, so that the gate answers there; an error is that of a way that may be no way
 	}
 	return b.Send(bufs, s.Stream)
@@ -98,7 +101,8 @@ func (w *ways) came(message []byte, from conn.Endpoint) {
 // take makes a stream the way from now on, in the place of another, and carries what comes to the device, as from the endpoint
 // that it knows. Run is the stream's life.
 func (w *ways) take(s *vpn.Stream, run func() error) {
-	next := &way{s, time.Now().Add(bothFor)}
+	next := &way{Stream: s, both: time.Now().Add(bothFor)}
+	next.more.Store(bothTimes)
 	w.broken.Store(false)
 	if old := w.stream.Swap(next); old != nil {
 		old.Close()

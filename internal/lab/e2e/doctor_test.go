@@ -293,24 +293,29 @@ func (s *stage) resigned(cert string, from, until time.Duration) string {
 
 func TestDoctorLooksThroughTheTunnel(t *testing.T) {
 	s := newClinic(t)
+	// It is asked more often than there are tokens.
+	diagnosed := func(what string, r client.Report, codes ...string) {
+		t.Helper()
+		s.diagnosed(what, r, append(codes, client.CodeTokens+"?")...)
+	}
 	s.ok(s.alice.VPN(s.ctx, "up"))
 	before := s.status(s.alice)
-	s.diagnosed("healthy, tunnel up", s.doctor(s.alice, nil, cloudName))
+	diagnosed("healthy, tunnel up", s.doctor(s.alice, nil, cloudName))
 	if after := s.status(s.alice); after.Session != before.Session || strings.Count(s.perimeterd("sessions"), "alice") != 1 {
 		t.Errorf("the session is another, or one of several:\n%s", s.perimeterd("sessions"))
 	}
-	s.diagnosed("a destination that no rule names", s.doctor(s.alice, nil, "evil.example.com"), client.CodeProxyRefused)
-	s.diagnosed("a destination that does not exist", s.doctor(s.alice, nil, "nobody.us-east-1.amazonaws.com"), client.CodeProxyRefused)
+	diagnosed("a destination that no rule names", s.doctor(s.alice, nil, "evil.example.com"), client.CodeProxyRefused)
+	diagnosed("a destination that does not exist", s.doctor(s.alice, nil, "nobody.us-east-1.amazonaws.com"), client.CodeProxyRefused)
 	r := s.doctor(s.alice, nil, "evil.example.com")
 	if i := slices.IndexFunc(r.Findings, func(f client.Finding) bool { return f.Code == client.CodeProxyRefused }); !strings.Contains(r.Findings[i].Text, "no-rule") ||
 		!strings.Contains(r.Findings[i].Fix, "perimeterd why ") {
 		t.Errorf("%+v", r.Findings[i])
 	}
 	right := "https_proxy=http://10.77.0.1:3128"
-	s.diagnosed("the environment of vpn env", s.doctor(s.alice, []string{right, "HTTPS_PROXY=http://10.77.0.1:3128", "NO_PROXY=localhost,127.0.0.1,::1,169.254.169.254,169.254.170.2"}))
-	s.diagnosed("the environment that vpn env prints", s.doctor(s.alice, []string{"https_proxy=" + s.status(s.alice).Listen.String()}))
-	s.diagnosed("NO_PROXY leaks", s.doctor(s.alice, []string{right, "NO_PROXY=localhost,.amazonaws.com"}), client.CodeLeak)
-	s.diagnosed("another proxy", s.doctor(s.alice, []string{"HTTPS_PROXY=http://me:secret@proxy.corp.example:8080"}), client.CodeBypass)
+	diagnosed("the environment of vpn env", s.doctor(s.alice, []string{right, "HTTPS_PROXY=http://10.77.0.1:3128", "NO_PROXY=localhost,127.0.0.1,::1,169.254.169.254,169.254.170.2"}))
+	diagnosed("the environment that vpn env prints", s.doctor(s.alice, []string{"https_proxy=" + s.status(s.alice).Listen.String()}))
+	diagnosed("NO_PROXY leaks", s.doctor(s.alice, []string{right, "NO_PROXY=localhost,.amazonaws.com"}), client.CodeLeak)
+	diagnosed("another proxy", s.doctor(s.alice, []string{"HTTPS_PROXY=http://me:secret@proxy.corp.example:8080"}), client.CodeBypass)
 	if r := s.doctor(s.alice, []string{"HTTPS_PROXY=http://me:secret@proxy.corp.example:8080"}); strings.Contains(fmt.Sprint(r), "secret") {
 		t.Errorf("it shows a password: %+v", r)
 	}
@@ -324,7 +329,7 @@ func TestDoctorLooksThroughTheTunnel(t *testing.T) {
 	if r := s.doctor(s.alice, nil); !r.Healthy {
 		t.Error("keys in plain text are a warning")
 	} else {
-		s.diagnosed("keys in plain text", r, client.CodeKeys)
+		diagnosed("keys in plain text", r, client.CodeKeys)
 	}
 	os.Remove(keys)
 
@@ -333,11 +338,11 @@ func TestDoctorLooksThroughTheTunnel(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.perimeterd("apply")
-	s.diagnosed("another egress address", s.doctor(s.alice, nil), client.CodeEgress)
+	diagnosed("another egress address", s.doctor(s.alice, nil), client.CodeEgress)
 	s.lose(gateUDP)
 	s.curl("--max-time", "5", "https://"+cloudName+"/").Run() // what is not answered shows it
 	s.awaitTransport("tls")
-	s.diagnosed("UDP blocked while the tunnel is up", s.doctor(s.alice, nil), client.CodeUDP, client.CodeEgress, client.CodeTokens+"?")
+	diagnosed("UDP blocked while the tunnel is up", s.doctor(s.alice, nil), client.CodeUDP, client.CodeEgress)
 	s.Link.SetLoss(nil)
 	s.ok(s.alice.VPN(s.ctx, "down"))
 }
