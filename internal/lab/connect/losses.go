@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -80,6 +81,9 @@ func (s *stage) losing(ctx context.Context, warm bool, n int) (took time.Duratio
 		if _, err := s.up(ctx); err != nil {
 			return 0, "", err
 		}
+		if err := s.keeps(ctx); err != nil {
+			return 0, "", err
+		}
 		if err := errors.Join(s.end(ctx, true), s.shut(ctx)); err != nil {
 			return 0, "", err
 		}
@@ -95,6 +99,21 @@ func (s *stage) losing(ctx context.Context, warm bool, n int) (took time.Duratio
 	took, err = s.up(ctx)
 	s.Link.SetLoss(nil)
 	return took, name, errors.Join(err, s.end(ctx, false))
+}
+
+// keeps waits until the client has written its session down, which it does behind `vpn up`.
+func (s *stage) keeps(ctx context.Context) error {
+	for {
+		files, err := filepath.Glob(filepath.Join(s.alice.Home, ".config", "perimeter", "*.session"))
+		if err != nil || len(files) > 0 {
+			return err
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 // namer tells packets of the exchange apart. It maps the client's ports to the first sequence number of each direction.
