@@ -21,10 +21,12 @@ func tcpRoundTrip(c net.Conn) time.Duration {
 	return math.MaxInt64 // unknown
 }
 
-// merelySlow tells a peer who has all that was sent to him and has not begun to answer from one of whom, or to whom, something was lost.
+// merelySlow tells a peer who has all that was sent to him, and has not begun to answer or is just answering, from one of whom, or
+// to whom, something was lost.
 func merelySlow(c net.Conn) bool {
 	info := tcpInfo(c)
-	return info != nil && info.Unacked == 0 && info.Data_segs_in == 0
+	return info != nil && info.Unacked == 0 &&
+		(info.Data_segs_in == 0 || time.Duration(info.Last_data_recv)*time.Millisecond < hedgeMargin/2)
 }
 
 func tcpInfo(c net.Conn) (info *unix.TCPInfo) {
