@@ -121,7 +121,7 @@ type stage struct {
 	alice  *lab.User // whose turn it is
 }
 
-const users = 10
+const users = 16
 
 // window is so short that a knock is needed each time.
 const window = time.Second
