@@ -19,8 +19,11 @@ import (
 	"perimeterd/internal/lab/bench"
 )
 
+// wholeEvery is how many runs with a loss follow one without.
+const wholeEvery = 3
+
 // losses drops each packet of the exchange once, the first, the second and so on, and says what that costs over runs without
-// loss, of which there is one before each.
+// loss in between.
 func (r *report) losses(ctx context.Context, times int, only time.Duration) error {
 	s, err := open(ctx, lab.Options{LongLink: true})
 	if err != nil {
@@ -38,11 +41,13 @@ func (r *report) losses(ctx context.Context, times int, only time.Duration) erro
 			lost := map[string][]time.Duration{} // by the packet's name
 			for range times {
 				for n := 1; ; n++ {
-					took, _, err := s.losing(ctx, warm, 0)
-					if err != nil {
-						return fmt.Errorf("%s, round trip %v: %w", kind(warm), rtt, err)
+					if n%wholeEvery == 1 {
+						took, _, err := s.losing(ctx, warm, 0)
+						if err != nil {
+							return fmt.Errorf("%s, round trip %v: %w", kind(warm), rtt, err)
+						}
+						whole = append(whole, took)
 					}
-					whole = append(whole, took)
 					took, name, err := s.losing(ctx, warm, n)
 					if err != nil {
 						return fmt.Errorf("%s, round trip %v, packet %d lost (%s): %w", kind(warm), rtt, n, name, err)
