@@ -20,7 +20,7 @@ import (
 )
 
 // limit is the longest that it may take.
-const limit = 18 * time.Minute
+const limit = 21 * time.Minute
 
 // cloudName is a name that the default rules allow.
 const cloudName = "s3.us-east-1.amazonaws.com"
