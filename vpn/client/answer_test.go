@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"io"
 	"math/big"
 	"net"
 	"net/http"
@@ -47,6 +48,7 @@ func FuzzAnswer(f *testing.F) {
 			s := tls.Server(theirs, config)
 			req := make([]byte, 4096)
 			if _, err := s.Read(req); err == nil {
+				go io.Copy(io.Discard, s) // what follows the request
 				s.Write(answer)
 				s.Close()
 			}

@@ -30,8 +30,7 @@ func (t *Tunnel) attach(g *gateConn, answered func(error)) error {
 	s := t.wire.NewStream(g.Conn, g.replies, t.Gate)
 	begin := func() error {
 		g.SetReadDeadline(time.Now().Add(streamAnswer))
-		g.bounded.N = maxAnswerHead + maxReply + 1
-		resp, err := http.ReadResponse(g.replies, req)
+		resp, err := g.answer(req)
 		switch {
 		case err != nil:
 			err = explainTLS(err)

@@ -41,6 +41,8 @@ type Dialer struct {
 	SendToken func(token []byte, to netip.AddrPort) error
 	Progress  func(step string) // nil: nobody watches
 	Now       func() time.Time  // the wall clock, which tokens follow; nil: this machine's
+
+	spare context.Context // until it ends, what connects behind the first is kept in reserve; nil: it is closed
 }
 
 func (d *Dialer) now() time.Time {
@@ -59,34 +61,41 @@ func (d *Dialer) progress(step string) {
 // Dial tries the profile's endpoints in order and returns the first connection. Knock and connect leave from one
 // address: the window is for one source.
 func (d *Dialer) Dial(ctx context.Context) (net.Conn, error) {
+	r := d.dial(ctx)
+	return r.conn, r.err
+}
+
+func (d *Dialer) dial(ctx context.Context) dialed {
 	var errs []error
 	for i, endpoint := range d.Profile.Endpoints {
 		mine, cancel := context.WithCancel(ctx)
 		if i < len(d.Profile.Endpoints)-1 {
 			mine, cancel = context.WithTimeout(ctx, perEndpoint)
 		}
-		conn, err := d.dialEndpoint(mine, endpoint)
+		r := d.dialEndpoint(mine, endpoint)
 		cancel()
-		if err == nil {
-			return conn, nil
+		if r.err == nil {
+			return r
 		}
-		errs = append(errs, fmt.Errorf("gate %s: %w", endpoint, err))
+		errs = append(errs, fmt.Errorf("gate %s: %w", endpoint, r.err))
 		if ctx.Err() != nil {
 			break
 		}
 	}
-	return nil, errors.Join(errs...)
+	return dialed{err: errors.Join(errs...)}
 }
 
 type dialed struct {
-	conn net.Conn
-	err  error
+	conn    net.Conn
+	err     error
+	took    time.Duration   // to connect: about a round trip
+	reserve <-chan net.Conn // gets another connection, if one comes
 }
 
-func (d *Dialer) dialEndpoint(ctx context.Context, endpoint string) (net.Conn, error) {
+func (d *Dialer) dialEndpoint(ctx context.Context, endpoint string) dialed {
 	addrs, err := resolve(ctx, endpoint)
 	if err != nil {
-		return nil, err
+		return dialed{err: err}
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -102,11 +111,11 @@ func (d *Dialer) dialEndpoint(ctx context.Context, endpoint string) (net.Conn, e
 				case <-ctx.Done():
 				}
 			}
-			conn, err := d.dialAddress(ctx, to)
-			if err != nil {
+			r := d.dialAddress(ctx, to)
+			if r.err != nil {
 				close(failed[i])
 			}
-			results <- dialed{conn, err}
+			results <- r
 		}()
 	}
 	var last error
@@ -120,13 +129,13 @@ func (d *Dialer) dialEndpoint(ctx context.Context, endpoint string) (net.Conn, e
 					}
 				}
 			}()
-			return r.conn, nil
+			return r
 		}
 		if last == nil || !errors.Is(r.err, syscall.ENETUNREACH) { // no IPv6 here is no news
 			last = r.err
 		}
 	}
-	return nil, last
+	return dialed{err: last}
 }
 
 // deliver hands a result over, or closes its connection when nobody waits any more.
@@ -169,11 +178,11 @@ func resolve(ctx context.Context, endpoint string) ([]netip.AddrPort, error) {
 }
 
 // dialAddress races connects against a token, and against the sequence where the token brings nothing.
-func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (first dialed) {
 	tunnel := netip.AddrPortFrom(to.Addr(), d.Profile.TunnelPort)
 	udp, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(tunnel)) // sends nothing: asks the route for the source
 	if err != nil {
-		return nil, err
+		return dialed{err: err}
 	}
 	defer udp.Close()
 	source := udp.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
@@ -188,13 +197,26 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	connecting, enough := ctx, cancel // of attempts that were made; cancel ends those to come
+	if d.spare != nil {
+		connecting, enough = context.WithCancel(d.spare)
+	}
+	defer func() {
+		if first.reserve == nil {
+			enough()
+		}
+	}()
 	results := make(chan dialed)
 	spent := make(chan struct{}) // closed when all knocks are out, and have had time to open
 	go func() {
 		dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0)), Control: impatient}
 		attempt := func() {
-			conn, err := dialer.DialContext(ctx, "tcp", to.String())
-			deliver(ctx, results, dialed{conn, err})
+			if ctx.Err() != nil {
+				return
+			}
+			began := time.Now()
+			conn, err := dialer.DialContext(connecting, "tcp", to.String())
+			deliver(connecting, results, dialed{conn: conn, err: err, took: time.Since(began)})
 		}
 		burst := func(knocked time.Time) {
 			for i, at := range attempts {
@@ -245,7 +267,10 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 				cancel() // no token more: the next would be another
 				d.Tokens.Answered()
 				d.progress("gate open")
-				return r.conn, nil
+				if d.spare != nil {
+					r.reserve = reserve(d.spare, enough, results)
+				}
+				return r
 			}
 			if ctx.Err() == nil {
 				last = r.err
@@ -254,15 +279,15 @@ func (d *Dialer) dialAddress(ctx context.Context, to netip.AddrPort) (net.Conn, 
 				hopeless = spent
 			}
 		case <-hopeless:
-			return nil, fmt.Errorf("%w after all knocks: they opened nothing, or the gate is not running: ask the operator", syscall.ECONNREFUSED)
+			return dialed{err: fmt.Errorf("%w after all knocks: they opened nothing, or the gate is not running: ask the operator", syscall.ECONNREFUSED)}
 		case <-ctx.Done():
 			if noToken != nil && len(d.Profile.typed.sequence) == 0 {
-				return nil, noToken
+				return dialed{err: noToken}
 			}
 			if errors.Is(noToken, syscall.EPERM) {
 				last = noToken
 			}
-			return nil, d.silence(last)
+			return dialed{err: d.silence(last)}
 		}
 	}
 }

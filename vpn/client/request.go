@@ -42,6 +42,7 @@ type gateConn struct {
 	*tls.Conn
 	replies   *bufio.Reader
 	bounded   *io.LimitedReader // what replies reads from
+	rest      io.Reader         // of the latest answer, to be read before the next; nil: nothing
 	name      string
 	date      time.Time     // by the gate's clock, when it last answered; zero: it does not say
 	roundTrip time.Duration // as the handshake took it; zero: not known
@@ -120,15 +121,23 @@ func (g *gateConn) do(ctx context.Context, method, path string, body, reply any)
 		return err
 	}
 	_, writeErr := g.Write(wire.Bytes())
-	g.bounded.N = maxAnswerHead + maxReply + 1
+	if writeErr == nil && method == http.MethodPost {
+		// An empty line, which a server passes over (RFC 9112, 2.2), in a segment of its own: what is lost before it is missed by
+		// the gate's TCP at once, where else a timer of this one's finds out.
+		_, _ = g.Write([]byte("\r\n"))
+	}
+	resp, err := g.answer(req)
 	defer func() { g.bounded.N = math.MaxInt64 }()
-	resp, err := http.ReadResponse(g.replies, req)
 	if err != nil {
 		return at(g, g.explain(ctx, err, writeErr))
 	}
-	defer resp.Body.Close()
 	g.proven = true
 	g.date, _ = http.ParseTime(resp.Header.Get("Date"))
+	if resp.StatusCode/100 == 2 && reply != nil {
+		g.rest = resp.Body
+		return at(g, readJSON(resp.Body, reply))
+	}
+	defer resp.Body.Close()
 	text, err := readReply(resp)
 	if err != nil {
 		return at(g, err)
@@ -136,11 +145,37 @@ func (g *gateConn) do(ctx context.Context, method, path string, body, reply any)
 	if resp.StatusCode/100 != 2 {
 		return apiError(resp, text)
 	}
-	if reply == nil {
-		return nil
+	return nil
+}
+
+// answer reads the head of the answer to req, and first what is left of the one before.
+func (g *gateConn) answer(req *http.Request) (*http.Response, error) {
+	g.bounded.N = maxAnswerHead + maxReply + 1
+	if g.rest != nil {
+		if _, err := io.Copy(io.Discard, g.rest); err != nil {
+			return nil, err
+		}
+		g.rest = nil
 	}
-	if err := json.Unmarshal(text, reply); err != nil {
-		return at(g, fmt.Errorf("its answer is not understood: %s: update the client, or ask the operator whether this is the right address", plain(err.Error())))
+	return http.ReadResponse(g.replies, req)
+}
+
+// readJSON reads one JSON value, and not on to the body's end, which may be late.
+func readJSON(body io.Reader, into any) error {
+	bounded := &io.LimitedReader{R: body, N: maxReply + 1}
+	var text json.RawMessage
+	err := json.NewDecoder(bounded).Decode(&text)
+	var syntax *json.SyntaxError
+	switch {
+	case bounded.N <= 0:
+		return errTooLong
+	case err == nil:
+		err = json.Unmarshal(text, into)
+	case !errors.As(err, &syntax):
+		return fmt.Errorf("its answer broke off: %w", err)
+	}
+	if err != nil {
+		return fmt.Errorf("its answer is not understood: %s: update the client, or ask the operator whether this is the right address", plain(err.Error()))
 	}
 	return nil
 }
@@ -184,7 +219,7 @@ func (g *gateConn) explain(ctx context.Context, err, writeErr error) error {
 
 // at names the gate that an error is of. What it refuses is refused wherever.
 func at(conn net.Conn, err error) error {
-	if permanent(err) {
+	if err == nil || permanent(err) {
 		return err
 	}
 	return fmt.Errorf("gate %v: %w", conn.RemoteAddr(), err)

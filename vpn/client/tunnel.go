@@ -234,13 +234,15 @@ type reached struct {
 func (t *Tunnel) reach(ctx context.Context, o Options) <-chan reached {
 	to := make(chan reached, 1)
 	go func() {
-		d := Dialer{Profile: o.Profile, Tokens: o.Tokens, SendToken: t.wire.token, Progress: o.Progress}
-		conn, err := d.Dial(ctx)
-		if err != nil {
-			to <- reached{err: err}
+		spare, done := context.WithCancel(ctx)
+		defer done()
+		d := Dialer{Profile: o.Profile, Tokens: o.Tokens, SendToken: t.wire.token, Progress: o.Progress, spare: spare}
+		r := d.dial(ctx)
+		if r.err != nil {
+			to <- reached{err: r.err}
 			return
 		}
-		g, err := o.Profile.handshake(ctx, conn)
+		g, err := o.Profile.handshakeHedged(ctx, r)
 		to <- reached{g, err}
 	}()
 	return to

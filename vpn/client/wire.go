@@ -27,6 +27,7 @@ type wire struct {
 	ways
 	keyed      chan struct{} // gets a token when the device has keys: a transport message left
 	initiation atomic.Pointer[sentInitiation]
+	knocked    atomic.Pointer[sentToken]
 	answered   atomic.Int64  // when the last handshake response came, Unix nanoseconds
 	first      atomic.Int64  // when data left to which nothing has come back, Unix nanoseconds; 0: all is answered
 	last       atomic.Int64  // and the latest since
@@ -38,6 +39,15 @@ type sentInitiation struct {
 	to       conn.Endpoint
 	at       time.Time
 }
+
+type sentToken struct {
+	datagram []byte
+	to       conn.Endpoint
+	at       time.Time
+}
+
+// oneFlight is how long after a token an initiation is of the same flight.
+const oneFlight = 50 * time.Millisecond
 
 func newWire() *wire { return &wire{Bind: vpn.NewBind(), keyed: make(chan struct{}, 1)} }
 
@@ -122,15 +132,22 @@ func (w *wire) unheard() time.Time {
 // on Linux (200 ms and 40 ms).
 const repeatedAfter = 150 * time.Millisecond
 
-// resends are when an unanswered initiation goes out again: its loss costs five seconds otherwise, and a duplicate is
-// refused as a replay.
+// resends are when an unanswered initiation goes out again: its loss costs five seconds otherwise. The gate answers a duplicate as it
+// has answered the first, or refuses it as a replay.
 var resends = [...]time.Duration{30 * time.Millisecond, 90 * time.Millisecond, 250 * time.Millisecond}
 
 func (w *wire) resend(i *sentInitiation, start time.Time, wanted func() bool) {
+	knock := w.knocked.Load() // that it came behind; nil: none
+	if knock != nil && (i.at.Before(knock.at) || i.at.Sub(knock.at) > oneFlight) {
+		knock = nil
+	}
 	for _, at := range resends {
 		time.Sleep(time.Until(start.Add(at)))
 		if w.answered.Load() > i.at.UnixNano() || !wanted() {
 			return
+		}
+		if knock != nil { // it may be what was lost; and a copy of one that came opens nothing
+			w.Bind.Send([][]byte{knock.datagram}, knock.to)
 		}
 		w.Bind.Send([][]byte{i.datagram}, i.to) // an error is that of a closed or unreachable network: the next may do
 	}
@@ -142,6 +159,7 @@ func (w *wire) token(token []byte, to netip.AddrPort) error {
 	if err != nil {
 		return err
 	}
+	w.knocked.Store(&sentToken{token, ep, time.Now()})
 	return w.Bind.Send([][]byte{token}, ep)
 }
 

@@ -115,8 +115,12 @@ func (g *Gate) post(w http.ResponseWriter, r *http.Request, id identity.Identity
 	if len(req.Initiation) != 0 {
 		reply.Response = g.tunnel.Handshake(r.Context(), s.PublicKey, req.Initiation, outer(r))
 	}
-	return writeJSON(w, http.StatusCreated, reply)
+	return errors.Join(writeJSON(w, http.StatusCreated, reply), tailed(w))
 }
+
+// tailed sends an answer that is complete. Its end, an empty chunk, follows in a segment of its own: what the peer says of that
+// tells TCP at once that the answer was lost, where else a timer does.
+func tailed(w http.ResponseWriter) error { return http.NewResponseController(w).Flush() }
 
 // postQuantum tells whether what travels under a key exchange withstands a quantum computer.
 func postQuantum(curve tls.CurveID) bool {

@@ -2,6 +2,7 @@ package gate
 
 import (
 	"sync/atomic"
+	"time"
 
 	"golang.zx2c4.com/wireguard/conn"
 
@@ -20,6 +21,7 @@ type watched struct {
 	heed      func(initiation []byte) bool // false: the device does not get it
 	sent      atomic.Uint64                // handshake responses
 	responses atomic.Uint64                // that came
+	answers   answers                      // for initiations that come again
 }
 
 // Open implements conn.Bind.
@@ -31,7 +33,7 @@ func (w *watched) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 			for j := range n {
 				switch {
 				case sizes[j] == vpn.InitiationSize && bufs[j][0] == messageInitiation:
-					if !w.heed(bufs[j][:sizes[j]]) {
+					if w.repeat(bufs[j][:sizes[j]], eps[j]) || !w.heed(bufs[j][:sizes[j]]) {
 						sizes[j] = 0
 					}
 				case sizes[j] == vpn.ResponseSize && bufs[j][0] == messageResponse:
@@ -48,8 +50,25 @@ func (w *watched) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
 func (w *watched) Send(bufs [][]byte, ep conn.Endpoint) error {
 	if len(bufs[0]) == vpn.ResponseSize && bufs[0][0] == messageResponse {
 		w.sent.Add(1)
+		if udp, ok := ep.(*conn.StdNetEndpoint); ok {
+			w.answers.note(bufs[0], udp.AddrPort)
+		}
 	}
 	return w.Bind.Send(bufs, ep)
+}
+
+// repeat answers an initiation that was answered a moment ago, and says whether it was one.
+func (w *watched) repeat(initiation []byte, from conn.Endpoint) bool {
+	udp, ok := from.(*conn.StdNetEndpoint)
+	if !ok {
+		return false // what came by TLS is not lost
+	}
+	response := w.answers.again(initiation, udp.AddrPort, time.Now())
+	if response == nil {
+		return false
+	}
+	_ = w.Bind.Send([][]byte{response}, from) // as lost as the first, if it fails
+	return true
 }
 
 // Handshakes counts handshake responses, sent and received. When it moves, some peer's endpoint may have.

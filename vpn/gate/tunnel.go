@@ -176,6 +176,9 @@ func (t *Tunnel) remove(s session.Session) {
 	if err := t.engine.remove(s.PublicKey); err != nil {
 		t.log.Error("peer not removed", "session", s.ID, "user", s.User, "err", err)
 	}
+	if t.bind != nil {
+		t.bind.answers.forget()
+	}
 	t.inner.forget(s)
 	if err := t.door.Dismiss(s.Address); err != nil {
 		t.log.Error("address not dismissed", "session", s.ID, "address", s.Address, "err", err)

@@ -20,7 +20,7 @@ import (
 )
 
 // limit is the longest that it may take.
-const limit = 18 * time.Minute
+const limit = 21 * time.Minute
 
 // cloudName is a name that the default rules allow.
 const cloudName = "s3.us-east-1.amazonaws.com"
@@ -28,23 +28,24 @@ const cloudName = "s3.us-east-1.amazonaws.com"
 func main() {
 	runs := flag.Int("runs", 5, "how often each way to connect is taken on each link")
 	rounds := flag.Int("rounds", 3, "how often each transfer is measured, in turn")
+	losses := flag.Int("losses", 1, "how often each packet is lost")
 	span := flag.Duration("span", 1500*time.Millisecond, "how long each transfer is measured once it flows")
 	only := flag.String("only", "time,trips,loss,death,speed", "`PARTS` to measure; only all of them are written")
 	clients := flag.String("clients", "", "vpn `PROGRAMS` to set side by side in part trips, apart by commas; default: the one that is built")
-	trip := flag.Duration("trip", -1, "only this round trip in part trips; default: none, and those of part time")
+	trip := flag.Duration("trip", -1, "only this round trip in parts trips and loss; default: none, and those of part time")
 	results := flag.String("results", "bench/connect.json", "`FILE` for the raw numbers")
 	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose sections \"From a cold laptop\" and \"Connecting\" are written")
 	flag.Parse()
 	bench.Main("bench-connect", limit, func(ctx context.Context) error {
-		return measure(ctx, *runs, *rounds, *span, strings.Split(*only, ","), *clients, *trip, *results, *doc)
+		return measure(ctx, *runs, *rounds, *losses, *span, strings.Split(*only, ","), *clients, *trip, *results, *doc)
 	})
 }
 
-func measure(ctx context.Context, runs, rounds int, span time.Duration, parts []string, clients string, trip time.Duration, results, doc string) error {
+func measure(ctx context.Context, runs, rounds, losses int, span time.Duration, parts []string, clients string, trip time.Duration, results, doc string) error {
 	all := map[string]func(context.Context, *report) error{
 		"time":  func(ctx context.Context, r *report) error { return r.times(ctx, runs) },
 		"trips": func(ctx context.Context, r *report) error { return r.trips(ctx, max(runs-2, 1), clients, trip) },
-		"loss":  func(ctx context.Context, r *report) error { return r.losses(ctx) },
+		"loss":  func(ctx context.Context, r *report) error { return r.losses(ctx, losses, trip) },
 		"death": func(ctx context.Context, r *report) error { return r.deaths(ctx) },
 		"speed": func(ctx context.Context, r *report) error { return r.speeds(ctx, rounds, span) },
 	}
@@ -120,7 +121,7 @@ type stage struct {
 	alice  *lab.User // whose turn it is
 }
 
-const users = 10
+const users = 16
 
 // window is so short that a knock is needed each time.
 const window = time.Second

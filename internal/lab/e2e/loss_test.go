@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -113,5 +114,88 @@ func TestSilentGateDoesNotUseUpTheTokens(t *testing.T) {
 	s.ok(s.alice.Knock(s.ctx))
 	if e, err := s.daemon.Await(s.ctx, "window opened", 1); err != nil || e[0]["sequence"] != false {
 		t.Errorf("%v, %v", e, err)
+	}
+}
+
+// tcpData is how much a segment to the gate's port, or from it, carries; SYN tells one that begins a connection.
+func tcpData(p lab.Packet) (size int, syn bool) {
+	b := p.Data
+	if len(b) < 40 || b[0] != 0x45 || b[9] != unix.IPPROTO_TCP || binary.BigEndian.Uint16(b[22-2*p.Direction:]) != 1194 {
+		return 0, false
+	}
+	return int(binary.BigEndian.Uint16(b[2:])) - 20 - int(b[32]>>4)*4, b[33]&2 != 0
+}
+
+// Whichever packet of a cold start is lost, it comes up, there is one session, nothing of the exchange stays open, and nobody is told
+// of a refusal.
+func TestColdStartOutlivesALostPacket(t *testing.T) {
+	s := newStage(t, lab.Options{Delay: 25 * time.Millisecond}, lab.Setting{Key: "window", Value: `"1s"`})
+	users := []*lab.User{s.alice}
+	for _, name := range []string{"bob", "carol", "dave"} { // each has few tokens in half a minute
+		profile, err := s.daemon.AddUser(s.ctx, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		u, err := s.NewUser(s.ctx, s.Client, profile)
+		if err != nil {
+			t.Fatal(err)
+		}
+		users = append(users, u)
+	}
+	nth := func(d lab.Direction, n int) func(lab.Packet) bool {
+		return func(p lab.Packet) bool {
+			if size, _ := tcpData(p); size > 0 && p.Direction == d {
+				n--
+				return n == 0
+			}
+			return false
+		}
+	}
+	first := func(is func(lab.Packet) bool) func(lab.Packet) bool {
+		done := false
+		return func(p lab.Packet) bool {
+			lost := !done && is(p)
+			done = done || lost
+			return lost
+		}
+	}
+	syn := func(d lab.Direction) func(lab.Packet) bool {
+		return first(func(p lab.Packet) bool { _, syn := tcpData(p); return syn && p.Direction == d })
+	}
+	for i, lost := range []struct {
+		what string
+		rule func(lab.Packet) bool
+	}{
+		{"the token", first(isToken)}, {"the SYN", syn(lab.FromClient)}, {"the answer to a SYN", syn(lab.ToClient)},
+		{"the hello's head", nth(lab.FromClient, 1)}, {"the hello's tail", nth(lab.FromClient, 2)},
+		{"the head of the gate's flight", nth(lab.ToClient, 1)}, {"its tail", nth(lab.ToClient, 2)},
+		{"the certificate", nth(lab.FromClient, 3)}, {"the request", nth(lab.FromClient, 4)}, {"its tail", nth(lab.FromClient, 5)},
+		{"the answer", nth(lab.ToClient, 3)}, {"its end", nth(lab.ToClient, 4)}, {"the request for a stream", nth(lab.FromClient, 6)},
+	} {
+		u := users[i%len(users)]
+		s.patiently("the window closes", func() bool {
+			return !strings.Contains(s.ok(s.Bastion.Command(s.ctx, "nft", "list", "map", "inet", "perimeterd", "open4")), "198.18.1.2 ")
+		})
+		before, _ := s.Link.Drops()
+		s.Link.SetLoss(lost.rule)
+		start := time.Now()
+		s.ok(u.VPN(s.ctx, "up"))
+		t.Logf("%s lost: %v", lost.what, time.Since(start).Round(time.Millisecond))
+		s.patiently("it is lost", func() bool { after, _ := s.Link.Drops(); return after == before+1 })
+		s.Link.SetLoss(nil)
+		if list := s.sessionsJSON(); strings.Count(list, `"id"`) != 1 || !strings.Contains(list, s.status(u).Session) {
+			t.Errorf("%s lost: sessions %s, want one, %s", lost.what, list, s.status(u).Session)
+		}
+		s.ok(u.VPN(s.ctx, "down"))
+	}
+	for _, ns := range []*lab.Namespace{s.Client, s.Bastion} {
+		s.patiently("nothing is open", func() bool {
+			return strings.TrimSpace(s.ok(ns.Command(s.ctx, "ss", "-Htn", "state", "established", "state", "close-wait", "( sport = :1194 or dport = :1194 )"))) == ""
+		})
+	}
+	for _, told := range []string{"token refused", "handshake failed", "certificate refused", "request refused"} {
+		if strings.Contains(s.daemon.Log(), told) {
+			t.Errorf("somebody is told: %s", told)
+		}
 	}
 }
