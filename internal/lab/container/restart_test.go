@@ -223,11 +223,7 @@ func (i *installation) restless(ctx context.Context, all *sync.WaitGroup, what s
 // atGate asks the gate as alice, on a new connection.
 func (i *installation) atGate() (ask func() error) {
 	i.t.Helper()
-	text, err := os.ReadFile(i.m.Path("root/alice.profile"))
-	if err != nil {
-		i.t.Fatal(err)
-	}
-	p, err := client.ParseProfile(text)
+	p, err := client.ParseProfile([]byte(i.ok("cat", "alice.profile")))
 	if err != nil {
 		i.t.Fatal(err)
 	}

@@ -1,0 +1,26 @@
+//go:build linux
+
+package container
+
+import (
+	"testing"
+	"time"
+)
+
+// TestPackagesInAVM goes through the life of an installation on a release of Debian that $RELEASE names, on its own kernel and with that kernel's
+// WireGuard.
+func TestPackagesInAVM(t *testing.T) {
+	i := begin(t, 40*time.Minute)
+	img, err := prepareImage(i.ctx, cache(t, "vm-image"), release())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := newVM(i.ctx, img, t.TempDir(), i.Bastion)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i.goThrough(m, []part{
+		{"installed, it lies still", (*installation).install},
+		{"three commands let the first administrator in", (*installation).first},
+	})
+}
