@@ -33,10 +33,8 @@ type agent struct {
 
 func newAgent(conn net.Conn) *agent { return &agent{conn: conn, in: bufio.NewReaderSize(conn, 1<<16)} }
 
-// hello waits for the greeting of another boot than the last one.
+// hello waits for the greeting of another boot than the last one. A command that began it has no answer, or one without output.
 func (a *agent) hello(ctx context.Context) error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
 	return a.bounded(ctx, func() error {
 		for {
 			line, err := a.in.ReadString('\n')
@@ -51,8 +49,10 @@ func (a *agent) hello(ctx context.Context) error {
 	})
 }
 
-// bounded ends what fn waits for when ctx ends.
+// bounded does one exchange, and ends what it waits for when ctx ends.
 func (a *agent) bounded(ctx context.Context, fn func() error) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	if a.err != nil {
 		return a.err
 	}
@@ -69,15 +69,18 @@ type errStatus int
 
 func (e errStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
 
+func (a *agent) say(question string, size int64, body io.Reader) error {
+	_, err := fmt.Fprintln(a.conn, question)
+	if err == nil {
+		_, err = io.CopyN(a.conn, body, size)
+	}
+	return err
+}
+
 func (a *agent) ask(ctx context.Context, question string, size int64, body io.Reader) (out []byte, err error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
 	var status errStatus
 	err = a.bounded(ctx, func() error {
-		if _, err := fmt.Fprintln(a.conn, question); err != nil {
-			return err
-		}
-		if _, err := io.CopyN(a.conn, body, size); err != nil {
+		if err := a.say(question, size, body); err != nil {
 			return err
 		}
 		line, err := a.in.ReadString('\n')
@@ -99,16 +102,27 @@ func (a *agent) ask(ctx context.Context, question string, size int64, body io.Re
 }
 
 func (a *agent) run(ctx context.Context, name string, args ...string) ([]byte, error) {
-	var script bytes.Buffer
-	fmt.Fprintln(&script, "cd /root")
+	question, script := scriptOf(name, args...)
+	return a.ask(ctx, question, int64(script.Len()), script)
+}
+
+// start does not wait for the end.
+func (a *agent) start(ctx context.Context, name string, args ...string) error {
+	question, script := scriptOf(name, args...)
+	return a.bounded(ctx, func() error { return a.say(question, int64(script.Len()), script) })
+}
+
+func scriptOf(name string, args ...string) (question string, script *bytes.Buffer) {
+	script = new(bytes.Buffer)
+	fmt.Fprintln(script, "cd /root")
 	for _, v := range environment {
-		fmt.Fprintln(&script, "export", quoted(v))
+		fmt.Fprintln(script, "export", quoted(v))
 	}
-	fmt.Fprint(&script, "exec env ", quoted(name)) // env: what is not there says so, and ends with 127
+	fmt.Fprint(script, "exec env ", quoted(name)) // env: what is not there says so, and ends with 127
 	for _, arg := range args {
-		fmt.Fprint(&script, " ", quoted(arg))
+		fmt.Fprint(script, " ", quoted(arg))
 	}
-	return a.ask(ctx, fmt.Sprint("run ", script.Len()), int64(script.Len()), &script)
+	return fmt.Sprint("run ", script.Len()), script
 }
 
 func quoted(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }

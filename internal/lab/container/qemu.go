@@ -113,8 +113,7 @@ func (m *vm) booted(ctx context.Context, err error) error {
 
 // Reboot ends all in order and boots it anew.
 func (m *vm) Reboot(ctx context.Context) error {
-	_, err := m.Run(ctx, "systemctl", "--no-block", "reboot")
-	return m.booted(ctx, err)
+	return m.booted(ctx, m.agent.start(ctx, "systemctl", "reboot"))
 }
 
 // accelerator is KVM where the processor can, and emulation elsewhere: a /dev/kvm alone may be one that runs kernels made for it only.

@@ -22,5 +22,15 @@ func TestPackagesInAVM(t *testing.T) {
 	i.goThrough(m, []part{
 		{"installed, it lies still", (*installation).install},
 		{"three commands let the first administrator in", (*installation).first},
+		{"a host without a door answers", (*installation).doorless},
+		{"closed from the first packet on", (*installation).closedFromTheFirst},
+		{"the daemon is nobody's root", (*installation).unprivileged},
+		{"kill -9", (*installation).kill},
+		{"an upgrade", (*installation).upgrade},
+		{"a daemon that hangs", (*installation).frozen},
+		{"a crash", (*installation).crash},
+		{"stopped for good", (*installation).stopped},
+		{"other rules are loaded", (*installation).reloadRules},
+		{"remove keeps what purge removes", (*installation).purge},
 	})
 }
