@@ -509,16 +509,21 @@ func (i *installation) reloadRules() {
 }
 
 func (i *installation) powerCut() {
-	i.reboot()
+	i.powerOff()
+	i.powerOn()
 	i.fetch()
 }
 
-// reboot takes the power away and gives it back. The door is closed before there is a network.
-func (i *installation) reboot() {
+func (i *installation) powerOff() {
 	i.t.Helper()
 	if err := i.m.Stop(); err != nil {
 		i.t.Fatal(err)
 	}
+}
+
+// powerOn is over when the daemon is ready. The door was closed before there was a network.
+func (i *installation) powerOn() {
+	i.t.Helper()
 	i.boot()
 	i.active()
 	closed, network := i.moment("perimeterd-early.service", "ActiveEnterTimestampMonotonic"), i.moment("network-pre.target", "ActiveEnterTimestampMonotonic")

@@ -147,13 +147,13 @@ func (i *installation) doorless() {
 	i.ok("sed", "-i", `s|^backend .*|backend = "kernel"|; s|^mode  *= "guard"|mode = "host"|`, "/etc/perimeterd/perimeterd.toml")
 	i.checked()
 	i.ok("systemctl", "disable", "perimeterd.service") // and those that come with it
-	w, p := i.witness(), i.probe()
 	if err := i.m.(*vm).Reboot(i.ctx); err != nil {
 		i.t.Fatal(err)
 	}
 	for _, unit := range []string{"perimeterd.service", "perimeterd-early.service"} {
 		i.fails("systemctl", "is-active", unit)
 	}
+	w, p := i.witness(), i.probe()
 	i.eventually("each probe is answered", func() error {
 		seen := w.seen()
 		for _, kind := range answersWithoutDoor {
@@ -171,8 +171,9 @@ func (i *installation) doorless() {
 func (i *installation) closedFromTheFirst() {
 	i.ok("systemctl", "enable", "perimeterd.service")
 	i.ok("sync")
+	i.powerOff()
 	w, p := i.witness(), i.probe()
-	i.reboot()
+	i.powerOn()
 	silent := func() error {
 		seen := w.seen()
 		for _, kind := range []string{"tcp4/22 RA", "tcp6/22 RA"} { // allowed
