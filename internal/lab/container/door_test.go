@@ -15,10 +15,11 @@ import (
 	"perimeterd/internal/lab"
 )
 
-// probers ask for what should not answer, from alice's address and a stranger's, in both versions of IP, until the test ends: the gate,
+// probers ask for what should not answer, from alice's address and a stranger's, in both versions of IP, until they are stopped: the gate,
 // the proxy, the console, a port where nothing listens, and SSH's, which the configuration lets in and where nothing listens either. The
 // machine need not be there yet: they know its hardware's address.
 type probers struct {
+	end context.CancelFunc
 	all sync.WaitGroup
 	tcp []*lab.Prober
 
@@ -30,10 +31,9 @@ type probers struct {
 func (i *installation) probe() *probers {
 	i.t.Helper()
 	ctx, cancel := context.WithCancel(i.ctx)
-	p := &probers{}
+	p := &probers{end: cancel}
 	i.t.Cleanup(func() {
-		cancel()
-		p.all.Wait()
+		p.stop()
 		if p.err != nil {
 			i.t.Error(p.err)
 		}
@@ -103,6 +103,11 @@ func (p *probers) repeat(ctx context.Context, conn interface {
 		case <-ctx.Done():
 		}
 	}
+}
+
+func (p *probers) stop() {
+	p.end()
+	p.all.Wait()
 }
 
 func (p *probers) fail(err error) {
@@ -203,6 +208,7 @@ func (i *installation) closedFromTheFirst() {
 	i.t.Log(strings.TrimSpace(i.ok("systemd-analyze", "time")))
 	i.figures()
 
+	p.stop() // from alice's address they would break her sequence, which opens: tokens of before the boot do not
 	if out, err := i.alice.Knock(i.ctx).CombinedOutput(); err != nil {
 		i.t.Fatalf("knock: %v\n%s", err, out)
 	}
