@@ -36,13 +36,14 @@ type installation struct {
 	m     machine
 	cloud *lab.CloudHost
 	alice *lab.User
+	rate  int64 // of a transfer, bytes a second: it must outlast what is done to it
 
 	before string // what the machine has without us
 }
 
 // TestPackages goes through the life of an installation on a release of Debian that $RELEASE names, on the kernel of this host.
 func TestPackages(t *testing.T) {
-	i := begin(t, 15*time.Minute)
+	i := begin(t, 15*time.Minute, 5000)
 	root, err := prepareRoot(i.ctx, cache(t, "container"), release())
 	if err != nil {
 		t.Fatal(err)
@@ -83,11 +84,11 @@ func cache(t *testing.T, name string) string {
 }
 
 // begin makes the lab, whose bastion waits for a machine.
-func begin(t *testing.T, limit time.Duration) *installation {
+func begin(t *testing.T, limit time.Duration, rate int64) *installation {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	t.Cleanup(cancel)
-	i := &installation{Lab: lab.Start(t, lab.Options{}), t: t, ctx: ctx}
+	i := &installation{Lab: lab.Start(t, lab.Options{}), t: t, ctx: ctx, rate: rate}
 	var err error
 	if i.cloud, err = i.StartCloud(lab.CloudOptions{Names: []string{cloudName}}); err != nil {
 		t.Fatal(err)

@@ -10,7 +10,7 @@ import (
 // TestPackagesInAVM goes through the life of an installation on a release of Debian that $RELEASE names, on its own kernel and with that kernel's
 // WireGuard.
 func TestPackagesInAVM(t *testing.T) {
-	i := begin(t, 40*time.Minute)
+	i := begin(t, 40*time.Minute, 1500)
 	img, err := prepareImage(i.ctx, cache(t, "vm-image"), release())
 	if err != nil {
 		t.Fatal(err)
