@@ -15,6 +15,8 @@
 # make bench-go     Go's micro-benchmarks
 # make deb          the Debian packages, built twice and compared, under lintian; in bin/deb
 # make test-container  the packages installed, upgraded, killed and purged in a Debian with systemd
+# make test-vm      the door's tests on the kernels of Debian 12 and 13, and test-vm-packages, which does the same to the packages as test-container,
+#                   with these kernels and their WireGuard, and looks at a boot from the first packet on
 # make soak         100,000 knocks at the running daemon, ten minutes; fails if anything grows
 
 SHELL := /bin/bash
@@ -32,11 +34,11 @@ PROXY_TOOLS := $(DEMO_TOOLS) squid:squid tinyproxy:tinyproxy
 CONNECT_TOOLS := nft:nftables ip:iproute2 curl:curl wg:wireguard-tools iptables:iptables ipset:ipset knock:knockd openvpn:openvpn squid:squid make-cadir:easy-rsa openssl:openssl
 SOAK_TOOLS := nft:nftables ip:iproute2
 IAM_TOOLS := node:nodejs npm:npm
-VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod
+VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod nft:nftables ip:iproute2 curl:curl dh:debhelper dpkg-buildpackage:dpkg-dev mke2fs:e2fsprogs systemctl:systemd
 CLIENT := ./cmd/knock ./cmd/vpn ./vpn ./vpn/client ./knock
 UNIT := $(GO) list ./... | grep -v -e internal/lab/e2e -e internal/lab/container
 
-.PHONY: build cross demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-go bench-door bench-proxy bench-proxy-idle bench-sessions bench-client bench-limits bench-knock bench-connect bench-summary soak deb test-container clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools proxy-tools soak-tools connect-tools deb-tools container-tools
+.PHONY: build cross demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-go bench-door bench-proxy bench-proxy-idle bench-sessions bench-client bench-limits bench-knock bench-connect bench-summary soak deb deb-versions test-container test-vm-packages clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools proxy-tools soak-tools connect-tools deb-tools container-tools
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
@@ -82,6 +84,12 @@ test-vm: vm-tools build
 	CGO_ENABLED=0 $(GO) test -c -o bin/firewall.test ./firewall
 	CGO_ENABLED=0 $(GO) test -c -o bin/e2e.test ./internal/lab/e2e
 	$(GO) run ./internal/lab/vm
+	$(MAKE) test-vm-packages
+
+# The packages on a Debian that boots from a disk, which is kept in .cache/vm-image: remove that for a newer one. Seven minutes each, emulated.
+VM_TRANSFERS ?= 100
+test-vm-packages: vm-tools build deb-versions
+	for release in $(RELEASES); do RELEASE=$$release TRANSFERS=$(VM_TRANSFERS) $(GO) test -count=1 -v -timeout 45m -run '^TestPackagesInAVM$$' ./internal/lab/container; done
 
 # Each fuzz target for FUZZTIME.
 FUZZTIME ?= 30s
@@ -164,12 +172,15 @@ deb: deb-tools
 	sha256sum bin/deb/*.deb
 	cd deploy/systemd && $(GO) test -count=1 -v -run TestUnitsAreShutIn . | grep exposure
 
-# The older and the newer version of an upgrade, not compressed, and a Debian to install them on, which is kept in .cache/container.
+# The older and the newer version of an upgrade, not compressed.
+deb-versions:
+	for version in 0.1.0 0.1.0+upgrade; do DPKG_DEB_COMPRESSOR_TYPE=none ARCHES=$$(dpkg --print-architecture) packaging/build.sh bin/deb/test $$version; done
+
+# They are installed on a Debian that is kept in .cache/container.
 RELEASES ?= bookworm trixie
 TRANSFERS ?= 1000
-test-container: container-tools build
-	for version in 0.1.0 0.1.0+upgrade; do DPKG_DEB_COMPRESSOR_TYPE=none ARCHES=$$(dpkg --print-architecture) packaging/build.sh bin/deb/test $$version; done
-	for release in $(RELEASES); do RELEASE=$$release TRANSFERS=$(TRANSFERS) $(GO) test -count=1 -v -timeout 20m ./internal/lab/container; done
+test-container: container-tools build deb-versions
+	for release in $(RELEASES); do RELEASE=$$release TRANSFERS=$(TRANSFERS) $(GO) test -count=1 -v -timeout 20m -run '^TestPackages$$' ./internal/lab/container; done
 
 clean:
 	rm -rf bin

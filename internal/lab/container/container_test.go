@@ -33,48 +33,26 @@ type installation struct {
 	*lab.Lab
 	t     *testing.T
 	ctx   context.Context
-	m     *machine
+	m     machine
 	cloud *lab.CloudHost
 	alice *lab.User
+	rate  int64 // of a transfer, bytes a second: it must outlast what is done to it
 
 	before string // what the machine has without us
 }
 
-// TestPackages goes through the life of an installation on a release of Debian that $RELEASE names. Each part needs those before it.
+// TestPackages goes through the life of an installation on a release of Debian that $RELEASE names, on the kernel of this host.
 func TestPackages(t *testing.T) {
-	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
-	defer cancel()
-	cache, err := filepath.Abs("../../../.cache/container")
+	i := begin(t, 15*time.Minute, 5000)
+	root, err := prepareRoot(i.ctx, cache(t, "container"), release())
 	if err != nil {
 		t.Fatal(err)
 	}
-	root, err := prepareRoot(ctx, cache, cmp.Or(os.Getenv("RELEASE"), "bookworm"))
+	m, err := newContainer(root, t.TempDir(), i.Bastion)
 	if err != nil {
 		t.Fatal(err)
 	}
-	i := &installation{Lab: lab.Start(t, lab.Options{}), t: t, ctx: ctx}
-	if i.cloud, err = i.StartCloud(lab.CloudOptions{Names: []string{cloudName}}); err != nil {
-		t.Fatal(err)
-	}
-	if i.m, err = newMachine(root, t.TempDir(), i.Bastion); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := i.m.Remove(); err != nil {
-			t.Error(err)
-		}
-	})
-	i.boot()
-	t.Cleanup(func() {
-		if t.Failed() {
-			out, _ := i.m.Command(context.Background(), "journalctl", "--no-pager", "--lines=80", "--output=cat", "--unit=perimeterd*").CombinedOutput()
-			t.Logf("%s", out)
-		}
-	})
-	for _, part := range []struct {
-		name string
-		run  func(*installation)
-	}{
+	i.goThrough(m, []part{
 		{"installed, it lies still", (*installation).install},
 		{"three commands let the first administrator in", (*installation).first},
 		{"the daemon is nobody's root", (*installation).unprivileged},
@@ -87,11 +65,62 @@ func TestPackages(t *testing.T) {
 		{"a crash", (*installation).crash},
 		{"stopped for good", (*installation).stopped},
 		{"other rules are loaded", (*installation).reloadRules},
-		{"the power goes", (*installation).reboot},
+		{"the power goes", (*installation).powerCut},
 		{"remove keeps what purge removes", (*installation).purge},
 		{"a backup brings it back", (*installation).restore},
-	} {
-		if !t.Run(part.name, func(t *testing.T) { i.t = t; part.run(i) }) {
+	})
+}
+
+func release() string { return cmp.Or(os.Getenv("RELEASE"), "bookworm") }
+
+// cache is a directory that stays for later runs.
+func cache(t *testing.T, name string) string {
+	t.Helper()
+	dir, err := filepath.Abs("../../../.cache/" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// begin makes the lab, whose bastion waits for a machine.
+func begin(t *testing.T, limit time.Duration, rate int64) *installation {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	t.Cleanup(cancel)
+	i := &installation{Lab: lab.Start(t, lab.Options{}), t: t, ctx: ctx, rate: rate}
+	var err error
+	if i.cloud, err = i.StartCloud(lab.CloudOptions{Names: []string{cloudName}}); err != nil {
+		t.Fatal(err)
+	}
+	return i
+}
+
+type part struct {
+	name string
+	run  func(*installation)
+}
+
+// goThrough boots the machine and runs the parts, each of which needs those before it.
+func (i *installation) goThrough(m machine, parts []part) {
+	i.m = m
+	t := i.t
+	t.Cleanup(func() {
+		if err := i.m.Remove(); err != nil {
+			t.Error(err)
+		}
+	})
+	i.boot()
+	t.Cleanup(func() {
+		if t.Failed() {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+			defer cancel()
+			out, _ := i.m.Run(ctx, "journalctl", "--no-pager", "--lines=80", "--output=cat", "--unit=perimeterd*")
+			t.Logf("%s", out)
+		}
+	})
+	for _, p := range parts {
+		if !t.Run(p.name, func(t *testing.T) { i.t = t; p.run(i) }) {
 			return
 		}
 	}
@@ -107,7 +136,7 @@ func (i *installation) boot() {
 // ok runs a command there that must succeed, and returns what it printed.
 func (i *installation) ok(name string, args ...string) string {
 	i.t.Helper()
-	out, err := i.m.Command(i.ctx, name, args...).CombinedOutput()
+	out, err := i.m.Run(i.ctx, name, args...)
 	if err != nil {
 		i.t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
 	}
@@ -117,7 +146,7 @@ func (i *installation) ok(name string, args ...string) string {
 // fails runs a command there that must not succeed, and returns what it printed.
 func (i *installation) fails(name string, args ...string) string {
 	i.t.Helper()
-	out, err := i.m.Command(i.ctx, name, args...).CombinedOutput()
+	out, err := i.m.Run(i.ctx, name, args...)
 	if err == nil {
 		i.t.Fatalf("%s %s succeeded, and must not:\n%s", name, strings.Join(args, " "), out)
 	}
@@ -154,7 +183,7 @@ func (i *installation) debs(version string) (paths []string) {
 		if err != nil {
 			i.t.Fatal(err)
 		}
-		if err := i.m.Copy(path); err != nil {
+		if err := i.m.Copy(i.ctx, path); err != nil {
 			i.t.Fatalf("%v: make test-container builds it", err)
 		}
 		paths = append(paths, "./"+filepath.Base(path))
@@ -202,7 +231,7 @@ func (i *installation) install() {
 		if out := i.fails("systemctl", "is-active", unit); out != "inactive\n" {
 			i.t.Errorf("%s is %q", unit, out)
 		}
-		if out, _ := i.m.Command(i.ctx, "systemctl", "is-enabled", unit).CombinedOutput(); string(out) != "disabled\n" && string(out) != "static\n" {
+		if out, _ := i.m.Run(i.ctx, "systemctl", "is-enabled", unit); string(out) != "disabled\n" && string(out) != "static\n" {
 			i.t.Errorf("%s is %q", unit, out)
 		}
 	}
@@ -270,34 +299,38 @@ func (i *installation) first() {
 	// The lab's cloud has addresses that no real one has.
 	i.ok("sed", "-i", `s|^allow_private = .*|allow_private = ["198.19.1.0/24"]|; s|^per_user_connections = .*|per_user_connections = 2000|`, "/etc/perimeterd/perimeterd.toml")
 	i.ok("systemctl", "reload", "perimeterd")
-	text, err := os.ReadFile(i.m.Path("root/alice.profile"))
-	if err != nil {
-		i.t.Fatal(err)
-	}
 	profile := filepath.Join(i.Dir, "alice.profile") // hosts of the lab do not see the machine's files
-	if err := os.WriteFile(profile, text, 0o600); err != nil {
+	if err := os.WriteFile(profile, []byte(i.ok("cat", "alice.profile")), 0o600); err != nil {
 		i.t.Fatal(err)
 	}
+	var err error
 	if i.alice, err = i.NewUser(i.ctx, i.Client, profile); err != nil {
 		i.t.Fatal(err)
 	}
 	i.vpn("up")
 	i.fetch()
 	i.checked()
+	i.figures()
+}
 
-	start, err := strconv.ParseInt(i.show("ExecMainStartTimestampMonotonic"), 10, 64)
-	if err != nil {
-		i.t.Fatal(err)
-	}
-	active, err := strconv.ParseInt(i.show("ActiveEnterTimestampMonotonic"), 10, 64)
-	if err != nil {
-		i.t.Fatal(err)
-	}
-	i.t.Logf("from exec to READY: %v", time.Duration(active-start)*time.Microsecond)
+// figures are how long the daemon took to be ready, and what it and the signer hold.
+func (i *installation) figures() {
+	i.t.Helper()
+	i.t.Logf("from exec to READY: %v", i.moment("perimeterd.service", "ActiveEnterTimestampMonotonic")-i.moment("perimeterd.service", "ExecMainStartTimestampMonotonic"))
 	for _, unit := range []string{"perimeterd.service", "perimeterd-signer.service"} {
 		pid := strings.TrimSpace(i.ok("systemctl", "show", "--value", "--property=MainPID", unit))
 		i.t.Logf("%s at rest: %s", unit, strings.Join(strings.Fields(i.ok("grep", "-E", "^Vm(RSS|HWM)", "/proc/"+pid+"/status")), " "))
 	}
+}
+
+// moment is a unit's, since the machine has its power.
+func (i *installation) moment(unit, property string) time.Duration {
+	i.t.Helper()
+	at, err := strconv.ParseInt(strings.TrimSpace(i.ok("systemctl", "show", "--value", "--property="+property, unit)), 10, 64)
+	if err != nil {
+		i.t.Fatal(err)
+	}
+	return time.Duration(at) * time.Microsecond
 }
 
 func (i *installation) vpn(args ...string) string {
@@ -392,7 +425,7 @@ func (i *installation) session() string {
 	i.t.Helper()
 	id := ""
 	i.eventually("alice is inside", func() error {
-		out, err := i.m.Command(i.ctx, "perimeterd", "sessions").CombinedOutput()
+		out, err := i.m.Run(i.ctx, "perimeterd", "sessions")
 		lines := strings.Split(strings.TrimSpace(string(out)), "\n")
 		if err != nil || len(lines) != 2 || !strings.Contains(lines[1], "alice") {
 			return fmt.Errorf("%v %s", err, out)
@@ -459,7 +492,7 @@ func (i *installation) reloadRules() {
 	closed := func(after string) {
 		i.t.Helper()
 		i.eventually("the door is closed after "+after, func() error { // systemctl waits for nftables.service alone
-			out, err := i.m.Command(i.ctx, "nft", "list", "chain", "inet", "perimeterd", "gate").CombinedOutput()
+			out, err := i.m.Run(i.ctx, "nft", "list", "chain", "inet", "perimeterd", "gate")
 			if err != nil {
 				return fmt.Errorf("%w %s", err, out)
 			}
@@ -477,38 +510,42 @@ func (i *installation) reloadRules() {
 	i.fetch()
 }
 
-func (i *installation) reboot() {
+func (i *installation) powerCut() {
+	i.powerOff()
+	i.powerOn()
+	i.fetch()
+}
+
+func (i *installation) powerOff() {
+	i.t.Helper()
 	if err := i.m.Stop(); err != nil {
 		i.t.Fatal(err)
 	}
-	// The network namespace is the lab's, and stays; a host that reboots has neither.
-	for _, c := range [][]string{{"ip", "link", "delete", "perimeter0"}, {"nft", "flush", "ruleset"}} {
-		if out, err := i.Bastion.Command(i.ctx, c[0], c[1:]...).CombinedOutput(); err != nil {
-			i.t.Fatalf("%v %s", err, out)
-		}
-	}
+}
+
+// powerOn is over when the daemon is ready. The door was closed before there was a network.
+func (i *installation) powerOn() {
+	i.t.Helper()
 	i.boot()
+	i.active()
+	closed, network := i.moment("perimeterd-early.service", "ActiveEnterTimestampMonotonic"), i.moment("network-pre.target", "ActiveEnterTimestampMonotonic")
+	if closed == 0 || network == 0 || closed > network {
+		i.t.Errorf("the door was closed after %v, the network came from %v on", closed, network)
+	}
+	if out := i.ok("systemctl", "show", "--value", "--property=Result", "perimeterd-early.service"); out != "success\n" {
+		i.t.Errorf("early unit: %s", out)
+	}
+}
+
+// active waits until the daemon is ready.
+func (i *installation) active() {
+	i.t.Helper()
 	i.eventually("the daemon runs", func() error {
 		if s := i.show("ActiveState"); s != "active" {
 			return fmt.Errorf("it is %s", s)
 		}
 		return nil
 	})
-	moment := func(unit, property string) int64 {
-		at, err := strconv.ParseInt(strings.TrimSpace(i.ok("systemctl", "show", "--value", "--property="+property, unit)), 10, 64)
-		if err != nil {
-			i.t.Fatal(err)
-		}
-		return at
-	}
-	closed, network := moment("perimeterd-early.service", "ActiveEnterTimestampMonotonic"), moment("network-pre.target", "ActiveEnterTimestampMonotonic")
-	if closed == 0 || network == 0 || closed > network {
-		i.t.Errorf("the door was closed at %d µs, the network came from %d µs on", closed, network)
-	}
-	if out := i.ok("systemctl", "show", "--value", "--property=Result", "perimeterd-early.service"); out != "success\n" {
-		i.t.Errorf("early unit: %s", out)
-	}
-	i.fetch()
 }
 
 func (i *installation) purge() {
