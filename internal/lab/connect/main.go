@@ -26,7 +26,7 @@ const limit = 21 * time.Minute
 const cloudName = "s3.us-east-1.amazonaws.com"
 
 func main() {
-	runs := flag.Int("runs", 5, "how often each way to connect is taken on each link")
+	runs := flag.Int("runs", 3, "how often each way to connect is taken on each link")
 	rounds := flag.Int("rounds", 3, "how often each transfer is measured, in turn")
 	losses := flag.Int("losses", 1, "how often each packet is lost")
 	span := flag.Duration("span", 1500*time.Millisecond, "how long each transfer is measured once it flows")
@@ -44,7 +44,7 @@ func main() {
 func measure(ctx context.Context, runs, rounds, losses int, span time.Duration, parts []string, clients string, trip time.Duration, results, doc string) error {
 	all := map[string]func(context.Context, *report) error{
 		"time":  func(ctx context.Context, r *report) error { return r.times(ctx, runs) },
-		"trips": func(ctx context.Context, r *report) error { return r.trips(ctx, max(runs-2, 1), clients, trip) },
+		"trips": func(ctx context.Context, r *report) error { return r.trips(ctx, max(runs-1, 1), clients, trip) },
 		"loss":  func(ctx context.Context, r *report) error { return r.losses(ctx, losses, trip) },
 		"death": func(ctx context.Context, r *report) error { return r.deaths(ctx) },
 		"speed": func(ctx context.Context, r *report) error { return r.speeds(ctx, rounds, span) },

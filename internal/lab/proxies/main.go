@@ -57,7 +57,7 @@ func main() {
 	egress := flag.String("egress", "", "`ADDRESS` that the floor dials from")
 	origin := flag.String("origin", "", "`ADDRESS` that the floor dials")
 	holds := flag.String("holder", "", "`JSON` of the tunnels to hold: for the program's own use")
-	flag.IntVar(&o.rounds, "rounds", 5, "how often each proxy has its turn")
+	flag.IntVar(&o.rounds, "rounds", 3, "how often each proxy has its turn")
 	flag.IntVar(&o.tunnels, "tunnels", 3000, "tunnels opened and closed in a turn")
 	flag.Int64Var(&o.bulk, "bulk", 1e9, "bytes moved in a turn, each way")
 	flag.DurationVar(&o.busy, "busy", 1500*time.Millisecond, "how long a turn with busy tunnels lasts")
