@@ -115,7 +115,8 @@ const earlyQueue = 1024
 
 // prepare has the kernel look after a connection's peer, and reset the connection if this process dies (see cutWithUs). A request may
 // come with the connection's first packet (TCP Fast Open, RFC 7413), which saves a round trip. No cookie proves that its source is no
-// one else's, since WireGuard has done that: no other way leads to this listener, and the tunnel refuses copies of a packet. A client's
+// one else's, since WireGuard has done that: while the firewall's table stands no other way leads to this listener but from this host
+// itself, whose kernel lets nobody without privilege send from another's address; and the tunnel refuses copies of a packet. A client's
 // own kernel may repeat a SYN, which finds the connection that it made; only if that is gone already, and no answer got through, is
 // the request served twice. Our client so sends a CONNECT and nothing else. The kernel takes part where net.ipv4.tcp_fastopen has
 // bit 2; else requests come a round trip later, as they do in the place of those beyond earlyQueue.

@@ -30,7 +30,7 @@ func (p *Profile) handshakeHedged(ctx context.Context, r dialed) (*gateConn, err
 	}
 	go begin(r.conn)
 	running := 1
-	var failed error // the first to fail
+	var failed error
 	late := time.NewTimer(hedgeAfter(r.conn, r.took))
 	defer late.Stop()
 	for {
@@ -47,8 +47,8 @@ func (p *Profile) handshakeHedged(ctx context.Context, r dialed) (*gateConn, err
 				fallthrough
 			case done.err == nil:
 				return done.gate, nil
-			case failed == nil:
-				failed = done.err
+			default:
+				failed = telling(failed, done.err)
 			}
 			if running == 0 {
 				return nil, failed
@@ -69,6 +69,15 @@ func (p *Profile) handshakeHedged(ctx context.Context, r dialed) (*gateConn, err
 			}()
 		}
 	}
+}
+
+// telling is which of two failures is told: the first, unless only the other changes nothing by being tried again. That the second
+// connection was refused must not hide that on the first there was another gate than the profile's. Before may be nil.
+func telling(before, now error) error {
+	if before == nil || permanent(now) && !permanent(before) {
+		return now
+	}
+	return before
 }
 
 // another is a second connection to where the first leads: the one in reserve, or a new one.

@@ -33,6 +33,12 @@ type way struct {
 	more atomic.Int32 // and so do so many batches, if they come later
 }
 
+// tries says whether a batch goes by UDP as well. What is left is not counted on below nothing: a stream may last for days, and the
+// count would come round.
+func (w *way) tries(now time.Time) bool {
+	return w.more.Load() > 0 && w.more.Add(-1) >= 0 || now.Before(w.both)
+}
+
 const (
 	// bothFor is how long a new stream's packets try UDP too: longer than round trips are. The gate answers by the way that a packet
 	// came first, which may be the stream's where its machine has much to do: one packet says little, and so few must try at least.
@@ -48,7 +54,7 @@ func (w *ways) send(b *vpn.Bind, bufs [][]byte, ep conn.Endpoint) error {
 	if s == nil {
 		return b.Send(bufs, ep)
 	}
-	if s.more.Add(-1) >= 0 || time.Now().Before(s.both) {
+	if s.tries(time.Now()) {
 		_ = b.Send(bufs, ep) // first, so that the gate answers there; an error is that of a way that may be no way
 	}
 	return b.Send(bufs, s.Stream)
