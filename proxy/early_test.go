@@ -20,7 +20,9 @@ func TestListenerOfBeforeTakesARequestWithTheFirstPacket(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer os.WriteFile(setting, was, 0)
-	l, err := net.Listen("tcp4", bastion+":0")
+	lc := net.ListenConfig{}
+	lc.SetMultipathTCP(false)
+	l, err := lc.Listen(t.Context(), "tcp4", bastion+":0")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,7 +12,6 @@ import (
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -58,83 +57,6 @@ type Server struct {
 type state struct {
 	Config
 	policy *Policy
-}
-
-// Listen opens the proxy's listener. Multipath TCP is off: such sockets cannot be spliced. What every connection is to have, the
-// listening socket has: a connection takes it over from there, where asking for it would be five calls to the kernel each.
-func Listen(ctx context.Context, at netip.AddrPort) (net.Listener, error) {
-	lc := net.ListenConfig{KeepAlive: -1, Control: func(_, _ string, c syscall.RawConn) error { return prepareRaw(c) }}
-	lc.SetMultipathTCP(false)
-	l, err := lc.Listen(ctx, "tcp", at.String())
-	if err != nil {
-		return nil, fmt.Errorf("proxy.port %d: %w: is the tunnel device up, and no other proxy on %v?", at.Port(), err, at.Addr())
-	}
-	return l, nil
-}
-
-// Adopt is Listen for a listening socket of another process, which stays the caller's to close.
-func Adopt(f *os.File) (net.Listener, error) {
-	raw, err := f.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	if err := prepareRaw(raw); err != nil {
-		return nil, err
-	}
-	l, err := net.FileListener(f)
-	if err != nil {
-		return nil, err
-	}
-	tl, ok := l.(*net.TCPListener)
-	if !ok {
-		l.Close()
-		return nil, fmt.Errorf("proxy: %T is no TCP listener", l)
-	}
-	return adopted{tl}, nil
-}
-
-// adopted undoes what Go does to each connection of a listener that it has not made: a peer would be asked every 15 seconds.
-type adopted struct{ *net.TCPListener }
-
-func (a adopted) Accept() (net.Conn, error) {
-	c, err := a.AcceptTCP()
-	if err != nil {
-		return nil, err
-	}
-	c.SetKeepAliveConfig(keepAlive)
-	return c, nil
-}
-
-func prepareRaw(c syscall.RawConn) (err error) {
-	cerr := c.Control(func(fd uintptr) { err = prepare(int(fd)) })
-	return errors.Join(cerr, err)
-}
-
-// earlyQueue is how many connections may be served before their clients have answered: then requests wait for that again.
-const earlyQueue = 1024
-
-// prepare has the kernel look after a connection's peer, and reset the connection if this process dies (see cutWithUs). A request may
-// come with the connection's first packet (TCP Fast Open, RFC 7413), which saves a round trip. No cookie proves that its source is no
-// one else's, since WireGuard has done that: while the firewall's table stands no other way leads to this listener but from this host
-// itself, whose kernel lets nobody without privilege send from another's address; and the tunnel refuses copies of a packet. A client's
-// own kernel may repeat a SYN, which finds the connection that it made; only if that is gone already, and no answer got through, is
-// the request served twice. Our client so sends a CONNECT and nothing else. The kernel takes part where net.ipv4.tcp_fastopen has
-// bit 2; else requests come a round trip later, as they do in the place of those beyond earlyQueue.
-func prepare(fd int) error {
-	seconds := func(d time.Duration) int { return int(d / time.Second) }
-	for _, o := range []struct{ level, option, value int }{
-		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, seconds(keepAlive.Idle)},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, seconds(keepAlive.Interval)},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepAlive.Count},
-		{unix.IPPROTO_TCP, unix.TCP_FASTOPEN_NO_COOKIE, 1},
-		{unix.IPPROTO_TCP, unix.TCP_FASTOPEN, earlyQueue},
-	} {
-		if err := unix.SetsockoptInt(fd, o.level, o.option, o.value); err != nil {
-			return os.NewSyscallError("setsockopt", err)
-		}
-	}
-	return os.NewSyscallError("setsockopt", unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}))
 }
 
 // New makes a proxy that Run will serve. It refuses a configuration that makes no sense.
