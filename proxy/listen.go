@@ -42,7 +42,7 @@ func Adopt(f *os.File) (net.Listener, error) {
 	}
 	if err != nil {
 		l.Close()
-		return nil, err
+		return nil, fmt.Errorf("proxy listener %v of before: %w: is the tunnel device up?", tl.Addr(), err)
 	}
 	return adopted{tl}, nil
 }
