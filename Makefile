@@ -63,8 +63,9 @@ cross:
 unit:
 	$(GO) test -race $$($(UNIT))
 
+# Those tests that are marked parallel wait more than they work, so that more of them at once than processors are right.
 e2e: build
-	$(GO) test -count=1 -timeout 20m ./internal/lab/e2e
+	$(GO) test -count=1 -timeout 20m -parallel 8 ./internal/lab/e2e
 	$(GO) run ./internal/lab/attacks -quick
 
 # At most eight minutes. A quick part of it is in `make e2e`.

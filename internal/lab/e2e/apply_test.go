@@ -53,6 +53,7 @@ func (s *stage) port22() string {
 }
 
 func TestApplyOnTrialComesBackByItself(t *testing.T) {
+	t.Parallel() // it waits for the trial's end
 	for _, kill := range []bool{false, true} {
 		t.Run(map[bool]string{false: "daemon lives", true: "daemon killed"}[kill], func(t *testing.T) {
 			s := newStage(t, lab.Options{})

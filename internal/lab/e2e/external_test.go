@@ -351,6 +351,7 @@ func TestANewCRLAndAShorterListCutLiveSessions(t *testing.T) {
 }
 
 func TestExpiredCRLClosesAndANewOneOpensWithoutARestart(t *testing.T) {
+	t.Parallel() // it waits for an expiry
 	s := newExternal(t, lab.Setting{Key: "metrics", Value: `"127.0.0.1:9617"`})
 	s.start()
 	alice := s.user("alice", s.Client, "alice")

@@ -33,6 +33,7 @@ func (s *stage) patiently(what string, holds func() bool) {
 
 // A certificate of less than a minute: it is renewed while the tunnel is up, and the tunnel outlives it.
 func TestTunnelOutlivesItsCertificate(t *testing.T) {
+	t.Parallel() // it waits for an expiry
 	s := newStage(t, lab.Options{})
 	profile, err := s.daemon.AddUser(s.ctx, "carol", "--valid", "45s")
 	if err != nil {
