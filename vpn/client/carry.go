@@ -84,6 +84,16 @@ func (k *Keeper) addresses() (proxy, console netip.AddrPort) {
 	return k.tunnel.Session.Proxy, k.tunnel.Session.Console
 }
 
+// roundTrip is how long the way to the gate was when the tunnel came up; not ok while it is not up.
+func (k *Keeper) roundTrip() (d time.Duration, ok bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.tunnel == nil || k.state != Up {
+		return 0, false
+	}
+	return k.tunnel.roundTrip, true
+}
+
 // earliness is whether a request leaves with the first packet of its connection to the proxy, which then takes no round trip of
 // its own.
 type earliness int32

@@ -22,7 +22,7 @@ func (d *systemTUN) early() earliness { return earliness(d.earliest.Load()) }
 // to the other end WireGuard has proven whose address sends. An end that takes no data in a SYN acknowledges the SYN alone, and the
 // kernel sends the data again right behind the handshake, as it does where this machine does not let it out at all.
 func (d *systemTUN) DialWith(ctx context.Context, network, address string, first []byte) (net.Conn, error) {
-	dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(d.address, 0)), Control: askEarly}
+	dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(d.address, 0)), Control: d.askEarly}
 	conn, err := dialer.DialContext(ctx, network, address) // which sends nothing yet
 	if err != nil {
 		return nil, err
@@ -52,9 +52,15 @@ func (d *systemTUN) DialWith(ctx context.Context, network, address string, first
 	return c, nil
 }
 
-// askEarly has a connection begin with its first write. A kernel that does not do that connects as ever.
-func askEarly(_, _ string, c syscall.RawConn) error {
+// askEarly has a connection begin with its first write. A kernel that does not do that connects as ever. Of a host that the kernel does
+// not know yet it believes that a segment holds 536 bytes (RFC 9293, 3.7.1), and a ClientHello would wait: what the way takes is known here.
+func (d *systemTUN) askEarly(_, _ string, c syscall.RawConn) error {
+	headers := 20 + 20 // of IPv4 and TCP
+	if d.address.Is6() {
+		headers = 40 + 20
+	}
 	return c.Control(func(fd uintptr) {
+		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_MAXSEG, d.mtu-headers)
 		if unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_FASTOPEN_NO_COOKIE, 1) == nil {
 			_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_FASTOPEN_CONNECT, 1)
 		}

@@ -23,7 +23,8 @@ const (
 	askPatience    = 5 * time.Second        // for the gate's answer by TLS
 	probePatience  = 2 * time.Second        // the proxy unreachable for so long: UDP seems blocked
 	probeEvery     = 30 * time.Second
-	reviveLimit    = 4 // revivals in vain before a new session is asked for
+	keepPause      = 10 * time.Second // at least, between two writings of what the session opened
+	reviveLimit    = 4                // revivals in vain before a new session is asked for
 	longestPause   = time.Minute
 	refusedPause   = 10 * time.Minute // where only a person can help
 
@@ -48,6 +49,8 @@ type Keeper struct {
 	renewal string        // why the certificate is not renewed, though it soon ends
 	hurry   bool          // somebody waits for the tunnel: try at once
 	changed chan struct{} // closed at the next change of state and data; nil while nobody waits
+
+	visited visited
 }
 
 // Start opens the first session. Stop must follow, if it returned nil.
@@ -59,6 +62,7 @@ func (k *Keeper) Start(ctx context.Context) error {
 		return err
 	}
 	k.adopt(t)
+	k.visited.begin(t.visited)
 	return nil
 }
 
@@ -117,14 +121,21 @@ func (k *Keeper) Await(ctx context.Context, sure bool) error {
 // Leave takes the tunnel down here. The session stands, and is kept for the next time.
 func (k *Keeper) Leave() {
 	k.mu.Lock()
-	t := k.tunnel
+	t, up := k.tunnel, k.state == Up
 	k.mu.Unlock()
+	select {
+	case <-k.visited.changed:
+		if up {
+			k.keep(t)
+		}
+	default:
+	}
 	t.Close()
 }
 
 // keep writes the session down, so that the tunnel comes up in one round trip the next time.
 func (k *Keeper) keep(t *Tunnel) {
-	if err := t.keep(k.options().Profile); err != nil {
+	if err := t.keep(k.options().Profile, k.visited.list()); err != nil {
 		k.Log.Warn("the session is not kept for the next time", "error", err)
 	}
 }
@@ -253,9 +264,10 @@ func (k *Keeper) Run(ctx context.Context) error {
 	var flow flow
 	var known time.Time // when the gate said that the session stands; zero: it has not, or a handshake came since
 	refused := false
-	var renewing chan error // gets what became of the certificate's renewal
-	var renewalAt time.Time // none before
-	var renewedFor *Tunnel  // with each session of an old certificate the gate may ask for a renewal
+	keep, keepAt := k.visited.changed, time.Time{} // nil: it was kept a moment ago
+	var renewing chan error                        // gets what became of the certificate's renewal
+	var renewalAt time.Time                        // none before
+	var renewedFor *Tunnel                         // with each session of an old certificate the gate may ask for a renewal
 	for {
 		now := k.Now()
 		due := !now.Before(k.options().Profile.RenewFrom()) || t.Session.Renew && renewedFor != t
@@ -288,7 +300,16 @@ func (k *Keeper) Run(ctx context.Context) error {
 				k.unrenewed(err)
 			}
 			continue
+		case <-keep:
+			keep, keepAt = nil, k.Now().Add(keepPause)
+			if !refused {
+				k.keep(t)
+			}
+			continue
 		case <-tick.C:
+			if keep == nil && !k.Now().Before(keepAt) {
+				keep = k.visited.changed
+			}
 		}
 		v.now = k.Now()
 		v.moved = place.moved(v.now, time.Since(began))

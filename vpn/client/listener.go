@@ -185,6 +185,8 @@ func (s *Local) serve(ctx context.Context, in *net.TCPConn, known bool) {
 			refuse, challenge = http.StatusUnauthorized, "WWW-Authenticate"
 		}
 		respond(in, refuse, "the tunnel is for who raised it: `vpn env` prints the credential\n", challenge+`: Basic realm="vpn"`)
+	case q.method == http.MethodConnect:
+		s.connect(ctx, in, q)
 	case q.proxied:
 		s.carry(ctx, in, q)
 	default:
@@ -198,16 +200,11 @@ func (s *Local) knows(authorization string) bool {
 	return strings.EqualFold(scheme, "Basic") && subtle.ConstantTimeCompare([]byte(strings.TrimSpace(login)), []byte(s.login)) == 1
 }
 
-// carry hands a request and all that follows to the bastion's proxy, and the other way round. A CONNECT may leave before the proxy
-// has answered to the connection, and then come there twice where packets are lost and the proxy has ended the first in between (RFC
-// 7413, 2.1): that reaches for its destination twice, and no more. Anything else might be done twice, and waits.
+// carry hands a request and all that follows to the bastion's proxy, and the other way round. It might be done twice if it left with
+// the first packet of its connection, as a CONNECT does, and waits.
 func (s *Local) carry(ctx context.Context, in *net.TCPConn, q *request) {
-	first, then := q.head, q.rest
-	if q.method != http.MethodConnect {
-		first, then = nil, append(q.head, q.rest...)
-	}
 	dialing, cancel := context.WithTimeout(ctx, carryPatience)
-	out, err := s.spares.take(dialing, first)
+	out, err := s.spares.take(dialing, nil)
 	cancel()
 	if err != nil {
 		s.fail(in, err)
@@ -215,11 +212,9 @@ func (s *Local) carry(ctx context.Context, in *net.TCPConn, q *request) {
 	}
 	defer out.Close()
 	defer context.AfterFunc(ctx, func() { cut(out) })()
-	if len(then) > 0 {
-		if _, err := out.Write(then); err != nil {
-			s.fail(in, fmt.Errorf("the bastion's proxy: %w", err))
-			return
-		}
+	if _, err := out.Write(append(q.head, q.rest...)); err != nil {
+		s.fail(in, fmt.Errorf("the bastion's proxy: %w", err))
+		return
 	}
 	relay(in, out)
 }
@@ -298,16 +293,21 @@ func (s *Local) page(ctx context.Context, in *net.TCPConn, q *request) {
 // pacType is that of a proxy configuration.
 const pacType = "application/x-ns-proxy-autoconfig"
 
-// respond ends a connection with a word. What the client still sends is read for a moment: a reset would take the word away.
+// respond ends a connection with an answer.
 func respond(c net.Conn, status int, text string, headers ...string) {
-	c.SetDeadline(time.Now().Add(localLinger))
 	var b strings.Builder
 	fmt.Fprintf(&b, "HTTP/1.1 %d %s\r\nContent-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\nConnection: close\r\n", status, http.StatusText(status))
 	for _, h := range headers {
 		b.WriteString(h + "\r\n")
 	}
 	fmt.Fprintf(&b, "Content-Length: %d\r\n\r\n%s", len(text), text)
-	if _, err := io.WriteString(c, b.String()); err != nil {
+	lastWord(c, []byte(b.String()))
+}
+
+// lastWord ends a connection with a word. What the client still sends is read for a moment: a reset would take the word away.
+func lastWord(c net.Conn, word []byte) {
+	c.SetDeadline(time.Now().Add(localLinger))
+	if _, err := c.Write(word); err != nil {
 		return
 	}
 	if half, ok := c.(interface{ CloseWrite() error }); ok && half.CloseWrite() == nil {

@@ -17,6 +17,11 @@ func relay(a *net.TCPConn, b net.Conn) {
 
 func oneWay(to, from net.Conn) {
 	_, err := io.Copy(to, from)
+	endOneWay(to, from, err)
+}
+
+// endOneWay carries over how one direction ended.
+func endOneWay(to, from net.Conn, err error) {
 	if half, ok := to.(interface{ CloseWrite() error }); err == nil && ok {
 		err = half.CloseWrite()
 	}

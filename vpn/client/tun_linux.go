@@ -29,6 +29,7 @@ func mayMakeDevice() bool {
 type systemTUN struct {
 	tun.Device
 	address  netip.Addr
+	mtu      int
 	earliest atomic.Int32 // an earliness: what came of the last early connection
 }
 
@@ -68,7 +69,7 @@ func (d *systemTUN) Configure(address, proxy netip.Addr, mtu int, takeOver bool)
 	if err := netlink.AddrAdd(link, &netlink.Addr{IPNet: host(address)}); err != nil {
 		return fmt.Errorf("tunnel device %s: address %v: %w", name, address, err)
 	}
-	d.address = address
+	d.address, d.mtu = address, mtu
 	route := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: host(proxy), Src: address.AsSlice(), Scope: netlink.SCOPE_LINK}
 	set := netlink.RouteAdd
 	if takeOver {

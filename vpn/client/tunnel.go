@@ -57,6 +57,7 @@ type Tunnel struct {
 	private    *ecdh.PrivateKey
 	shared     []byte        // the preshared key
 	roundTrip  time.Duration // to the gate, as it was when the tunnel came up
+	visited    []string      // by the kept session, where there was one
 	configured bool          // the link is
 	responded  bool          // the reply had the handshake's response in it
 	proven     bool          // a way for data: a handshake was answered there, or it is the stream that the reply came by

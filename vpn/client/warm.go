@@ -26,6 +26,7 @@ type kept struct {
 	PostQuantum bool             `json:"post_quantum"`
 	Gate        netip.AddrPort   `json:"gate"` // by UDP
 	RoundTrip   time.Duration    `json:"round_trip"`
+	Visited     []string         `json:"visited,omitempty"`
 }
 
 const (
@@ -116,7 +117,7 @@ func (k *kept) privateKey() (*ecdh.PrivateKey, error) {
 
 // warm knocks and shakes hands in one flight, and says whether the tunnel is up. If not, the device goes on trying.
 func (t *Tunnel) warm(ctx context.Context, o Options, k *kept) (bool, error) {
-	t.Session, t.PostQuantum, t.Gate, t.roundTrip = k.Session, k.PostQuantum, k.Gate, k.RoundTrip
+	t.Session, t.PostQuantum, t.Gate, t.roundTrip, t.visited = k.Session, k.PostQuantum, k.Gate, k.RoundTrip, k.Visited
 	key := wgKey(k.Session.ServerPublicKey)
 	if err := t.addPeer(key); err != nil {
 		return false, err
@@ -167,8 +168,8 @@ func (t *Tunnel) welcome(o Options) error {
 }
 
 // keep writes the session down for the next time.
-func (t *Tunnel) keep(p *Profile) error {
-	k := kept{Private: t.private.Bytes(), Session: t.Session, PostQuantum: t.PostQuantum, Gate: t.Gate, RoundTrip: t.roundTrip}
+func (t *Tunnel) keep(p *Profile, visited []string) error {
+	k := kept{Private: t.private.Bytes(), Session: t.Session, PostQuantum: t.PostQuantum, Gate: t.Gate, RoundTrip: t.roundTrip, Visited: visited}
 	k.Session.PresharedKey = t.shared
 	return k.save(p)
 }

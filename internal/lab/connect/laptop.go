@@ -29,7 +29,7 @@ func (r *report) laptop() string {
 
 Time runs from the start of the first command (`+"`vpn up`"+`; knockd's `+"`knock`"+`, then `+"`openvpn`"+`) to a tunnel that carries data, and on to the first
 byte of an HTTPS page that stock curl fetches through the proxy, which is 127.0.0.1:3128 with us, as `+"`vpn env`"+` says. The link holds every packet for half the round trip. Cold: nothing
-is kept. Warm: the client died as in a power cut, and the session of before stands where there is such a thing. The stack replaced:
+is kept. Warm: the client died as in a power cut, and the session of before, in which the page was read once, stands where there is such a thing. The stack replaced:
 an ipset script, OpenVPN (TCP, AES-256-CBC, RSA certificates, tls-auth), Squid that allows the tunnel's addresses. Ways in turn, medians; client,
 servers and cloud share the machine.
 

@@ -3,12 +3,14 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
 	"time"
@@ -86,7 +88,7 @@ func (s *stage) losing(ctx context.Context, warm bool, n int) (took time.Duratio
 		if _, err := s.up(ctx); err != nil {
 			return 0, "", err
 		}
-		if err := s.keeps(ctx); err != nil {
+		if err := s.keeps(ctx, ""); err != nil {
 			return 0, "", err
 		}
 		if err := errors.Join(s.end(ctx, true), s.shut(ctx)); err != nil {
@@ -106,12 +108,17 @@ func (s *stage) losing(ctx context.Context, warm bool, n int) (took time.Duratio
 	return took, name, errors.Join(err, s.end(ctx, false))
 }
 
-// keeps waits until the client has written its session down, which it does behind `vpn up`.
-func (s *stage) keeps(ctx context.Context) error {
+// keeps waits until the client has written its session down, which it does behind `vpn up`, and with it that it was at host, if any.
+func (s *stage) keeps(ctx context.Context, host string) error {
 	for {
 		files, err := filepath.Glob(filepath.Join(s.alice.Home, ".config", "perimeter", "*.session"))
-		if err != nil || len(files) > 0 {
+		if err != nil {
 			return err
+		}
+		for _, f := range files {
+			if text, err := os.ReadFile(f); err == nil && bytes.Contains(text, []byte(host)) {
+				return nil
+			}
 		}
 		select {
 		case <-time.After(5 * time.Millisecond):

@@ -145,6 +145,11 @@ func (r *report) times(ctx context.Context, runs int) error {
 				for _, p := range paths {
 					for _, warm := range []bool{false, true} {
 						if warm {
+							if p.who == ours {
+								if err := s.keeps(ctx, cloudName); err != nil {
+									return err
+								}
+							}
 							if err := errors.Join(p.end(ctx, true), s.shut(ctx)); err != nil {
 								return err
 							}

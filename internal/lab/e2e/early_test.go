@@ -7,6 +7,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -169,6 +171,56 @@ func TestRequestLeavesWithTheFirstPacketWhereTheBastionsKernelTakesPart(t *testi
 		}
 		if n := reached.Load() - was; n != 1 {
 			t.Errorf("%s: the destination was reached %d times", name, n)
+		}
+		s.ok(s.alice.VPN(s.ctx, "down"))
+	}
+}
+
+// What the proxy opened before, the client's own listener answers ahead of it. When a rule is taken away since, the program that asks is
+// told by TLS, and the next by the proxy.
+func TestRefusalBehindAnAnswerAheadIsATLSAlertOnce(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, lab.Options{})
+	config, err := os.ReadFile(s.daemon.Config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.cloud.DNS.Set("gone.example.com", s.Cloud.Addr)
+	ask := func() *lab.Cmd { return s.curl("-k", "--proxy", "http://"+localProxy, "https://gone.example.com/") }
+	vpn, err := lab.Bin("vpn")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for mode, prefix := range map[string][]string{client.ModeTUN: nil, client.ModeRootless: unprivileged} {
+		s.addRules(allowRule("gone.example.com"))
+		s.perimeterd("apply")
+		up := append(slices.Clone(prefix), vpn, "up")
+		s.ok(s.alice.Command(s.ctx, up[0], up[1:]...))
+		if st := s.status(s.alice); st.Mode != mode {
+			t.Fatalf("the tunnel is %s, not %s", st.Mode, mode)
+		}
+		for range 2 {
+			if out := s.ok(ask()); !strings.HasPrefix(out, "seen from ") {
+				t.Errorf("%s: %s", mode, out)
+			}
+		}
+		if err := os.WriteFile(s.daemon.Config, config, 0o640); err != nil {
+			t.Fatal(err)
+		}
+		s.perimeterd("apply")
+		if out := s.fails(ask()); !strings.Contains(out, "alert access denied") {
+			t.Errorf("%s, the first: %s", mode, out)
+		}
+		if out := s.fails(ask()); !strings.Contains(out, "403") {
+			t.Errorf("%s, the second: %s", mode, out)
+		}
+		logs, _ := filepath.Glob(filepath.Join(s.alice.Home, ".config", "perimeter", "*.log"))
+		if len(logs) != 1 {
+			t.Fatalf("%s: the client's logs: %v", mode, logs)
+		}
+		log, err := os.ReadFile(logs[0])
+		if err != nil || !strings.Contains(string(log), "gone.example.com:443") || !strings.Contains(string(log), "perimeterd why") {
+			t.Errorf("%s: the client's log: %v %s", mode, err, log)
 		}
 		s.ok(s.alice.VPN(s.ctx, "down"))
 	}

@@ -31,6 +31,23 @@ func (r *results) exact(ctx context.Context, room *room, o options) error {
 		return errors.New("only perimeterd is asked for its counts")
 	}
 	x := &counted{Bytes: o.exact}
+	for { // tunnels of before may still be ending, and count
+		m, err := room.daemon.Metrics(ctx, metricsAddress)
+		if err != nil {
+			return err
+		}
+		if live, err := m.Value(console.ProxyConnections); err != nil || live == 0 {
+			if err != nil {
+				return err
+			}
+			break
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 	downBefore, upBefore, err := room.metered(ctx)
 	if err != nil {
 		return err
@@ -65,13 +82,15 @@ func (r *results) exact(ctx context.Context, room *room, o options) error {
 		return err
 	}
 	x.Seconds = time.Since(start).Seconds()
-	entries, err := room.daemon.Await(ctx, "proxy", lines+1)
-	if err != nil {
-		return err
+	for x.LogDown < x.Bytes { // lines are written a moment later than counted
+		entries, err := room.daemon.Await(ctx, "proxy", lines+1)
+		if err != nil {
+			return err
+		}
+		number := func(key string) int64 { n, _ := entries[lines][key].(float64); return int64(n) }
+		x.LogDown, x.LogUp = number("down"), number("up")
+		lines++
 	}
-	line := entries[len(entries)-1]
-	number := func(key string) int64 { n, _ := line[key].(float64); return int64(n) }
-	x.LogDown, x.LogUp = number("down"), number("up")
 	down, up, err := room.metered(ctx)
 	if err != nil {
 		return err

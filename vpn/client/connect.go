@@ -1,0 +1,237 @@
+package client
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	// maxVisited bounds how many destinations are remembered, and maxVisitedName how long each is: a name of the DNS and a port.
+	maxVisited     = 32
+	maxVisitedName = 253 + len(":65535")
+	// helloPatience is the longest that a client may take to greet the server once it was answered ahead. It is less where the way is short.
+	helloPatience = 200 * time.Millisecond
+	maxHello      = 4 << 10 // a ClientHello's record, bytes, that travels with the CONNECT
+)
+
+// visited are destinations, as clients write them, to which the proxy has opened a tunnel whose client greeted a TLS server, the latest first.
+type visited struct {
+	mu      sync.Mutex
+	names   []string
+	changed chan struct{} // gets a word when there is another
+}
+
+func (o *visited) has(name string) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return slices.Contains(o.names, name)
+}
+
+func (o *visited) add(name string) {
+	if len(name) > maxVisitedName {
+		return
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	i := slices.Index(o.names, name)
+	if i >= 0 {
+		o.names = slices.Delete(o.names, i, i+1)
+	}
+	o.names = slices.Insert(o.names, 0, name)
+	o.names = o.names[:min(len(o.names), maxVisited)]
+	if i < 0 {
+		select {
+		case o.changed <- struct{}{}:
+		default:
+		}
+	}
+}
+
+func (o *visited) remove(name string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.names = slices.DeleteFunc(o.names, func(n string) bool { return n == name })
+}
+
+// begin takes what was kept, and tells of changes from then on.
+func (o *visited) begin(names []string) {
+	for _, name := range slices.Backward(names) {
+		o.add(name)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.changed = make(chan struct{}, 1)
+}
+
+func (o *visited) list() []string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return slices.Clone(o.names)
+}
+
+// Answers in the proxy's place, to a client that greets a TLS server: the way is open, and it is closed after all (RFC 8446, 6).
+var (
+	established  = []byte("HTTP/1.1 200 Connection established\r\n\r\n")
+	accessDenied = []byte{21, 3, 3, 0, 2, 2, 49}
+	noWay        = []byte{21, 3, 3, 0, 2, 2, 80} // internal_error
+)
+
+// connect carries a CONNECT. It may leave before the proxy has answered to the connection, and then come there twice where packets
+// are lost and the proxy has ended the first in between (RFC 7413, 2.1): that reaches for its destination twice, and no more.
+//
+// Where the proxy opened a way to the same destination lately, the client is answered ahead of it, and its ClientHello travels with the
+// CONNECT: a round trip less for each connection. The proxy decides as ever. What it refuses after all ends with a TLS alert, since it
+// is too late for a status, and the next CONNECT to there waits for the proxy's own word.
+func (s *Local) connect(ctx context.Context, in *net.TCPConn, q *request) {
+	known := &s.keeper.visited
+	first, speech := q.head, q.rest
+	var hello []byte
+	roundTrip, up := s.keeper.roundTrip()
+	ahead := up && known.has(q.target)
+	if ahead {
+		if _, err := in.Write(established); err != nil {
+			return
+		}
+		hello, speech = readHello(in, speech, min(roundTrip, helloPatience))
+		first = slices.Concat(first, hello)
+	}
+	fail := func(err error) {
+		if ahead {
+			known.remove(q.target)
+			lastWord(in, noWay)
+			return
+		}
+		s.fail(in, err)
+	}
+	dialing, cancel := context.WithTimeout(ctx, carryPatience)
+	out, err := s.spares.take(dialing, first)
+	cancel()
+	if err != nil {
+		fail(err)
+		return
+	}
+	defer out.Close()
+	defer context.AfterFunc(ctx, func() { cut(out) })()
+
+	judged, good := make(chan struct{}), false
+	var sending sync.WaitGroup
+	sending.Go(func() {
+		var err error
+		if len(speech) == 0 && !ahead {
+			speech = make([]byte, 2<<10)
+			var n int
+			n, err = in.Read(speech)
+			speech = speech[:n]
+		}
+		if len(speech) > 0 {
+			if _, no := out.Write(speech); no != nil {
+				err = no
+			}
+		}
+		if !ahead {
+			<-judged
+			if good && isHandshake(speech) {
+				known.add(q.target)
+			}
+		}
+		if err == nil {
+			_, err = io.Copy(out, in)
+		} else if errors.Is(err, io.EOF) {
+			err = nil
+		}
+		if <-judged; good || !ahead {
+			endOneWay(out, in, err)
+		}
+	})
+	reply, err := readAnswer(out)
+	good = err == nil && bytes.HasPrefix(reply, []byte("HTTP/1.1 2"))
+	close(judged)
+	if ahead && !good {
+		known.remove(q.target)
+		in.SetReadDeadline(time.Unix(1, 0)) // ends the sending
+		sending.Wait()
+		s.log.Warn("the proxy refuses what it opened before", "destination", q.target, "answer", wording(out, reply, err))
+		alert := noWay
+		if bytes.HasPrefix(reply, []byte("HTTP/1.1 403 ")) {
+			alert = accessDenied
+		}
+		lastWord(in, alert)
+		return
+	}
+	if ahead {
+		known.add(q.target)
+		_, reply, _ = bytes.Cut(reply, []byte("\r\n\r\n"))
+	}
+	_, failed := in.Write(reply)
+	if failed != nil || err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, errHeadLarge) {
+		cut(in)
+		cut(out)
+	}
+	oneWay(in, out)
+	sending.Wait()
+}
+
+// isHandshake tells of a TLS record that is of a handshake (RFC 8446, 5.1).
+func isHandshake(b []byte) bool { return len(b) >= 5 && b[0] == 22 && b[1] == 3 }
+
+// readHello reads a record of a handshake that is whole and comes in time; what else came is rest.
+func readHello(in net.Conn, had []byte, patience time.Duration) (hello, rest []byte) {
+	in.SetReadDeadline(time.Now().Add(patience))
+	defer in.SetReadDeadline(time.Time{})
+	b := append(make([]byte, 0, max(maxHello, len(had))), had...)
+	for {
+		size := 0 // not known
+		if isHandshake(b) {
+			size = 5 + int(binary.BigEndian.Uint16(b[3:]))
+		}
+		if size > 0 && len(b) >= size {
+			return b[:size:size], b[size:]
+		}
+		if len(b) >= 5 && size == 0 || size > cap(b) || len(b) == cap(b) {
+			return nil, b
+		}
+		n, err := in.Read(b[len(b):cap(b)])
+		if b = b[:len(b)+n]; err != nil {
+			return nil, b // and who reads on gets it as well, unless it was late
+		}
+	}
+}
+
+// readAnswer reads the head of an answer, and what came with it.
+func readAnswer(r io.Reader) ([]byte, error) {
+	b := make([]byte, 0, 4<<10)
+	for {
+		n, err := r.Read(b[len(b):cap(b)])
+		seen := max(len(b)-3, 0)
+		b = b[:len(b)+n]
+		switch {
+		case bytes.Contains(b[seen:], []byte("\r\n\r\n")):
+			return b, nil
+		case err != nil:
+			return b, err
+		case len(b) > maxHead:
+			return b, errHeadLarge
+		}
+		b = slices.Grow(b, 1)
+	}
+}
+
+// wording is what a refusal says.
+func wording(out net.Conn, reply []byte, err error) string {
+	if err != nil {
+		return err.Error()
+	}
+	out.SetReadDeadline(time.Now().Add(localLinger))
+	more, _ := io.ReadAll(io.LimitReader(out, 4<<10))
+	status, _, _ := bytes.Cut(reply, []byte("\r\n"))
+	_, body, _ := bytes.Cut(append(reply, more...), []byte("\r\n\r\n"))
+	return plain(fmt.Sprintf("%s: %s", status, body))
+}
