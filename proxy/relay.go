@@ -31,6 +31,8 @@ type source struct {
 	n    int     // bytes in buf that nobody has taken
 	err  error
 	try  func(fd uintptr) bool
+
+	window int // bytes, as bound has set it; 0: the kernel's own
 }
 
 func newSource(c *net.TCPConn, pool *sync.Pool) (*source, error) {
@@ -205,7 +207,11 @@ func (f *flow) pump() error {
 		if full < spliceAfter {
 			continue
 		}
-		if err := src.conn.SetReadDeadline(time.Now().Add(splicePatience)); err != nil {
+		began := time.Now()
+		if src.window == 0 {
+			src.bound(0, 0)
+		}
+		if err := src.conn.SetReadDeadline(began.Add(splicePatience)); err != nil {
 			return err
 		}
 		if f.tunnel.halted.Load() { // before, or it is the deadline set by who halts that rules
@@ -215,6 +221,7 @@ func (f *flow) pump() error {
 		w, err := dst.ReadFrom(&io.LimitedReader{R: src.conn, N: splicePiece})
 		f.moved.Add(w)
 		f.splicing.Store(false)
+		src.bound(w, time.Since(began))
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			// The deadline is met only where the pipe is empty, so nothing is lost.
 			if err = nil; w < spliceWorth {
