@@ -34,7 +34,7 @@ const (
 )
 
 func main() {
-	many := flag.Int("many", 5000, "sessions held at once")
+	many := flag.String("many", "100,1000,5000,10000", "sessions held at once: `NUMBERS`, apart by commas")
 	others := flag.Int("others", 500, "sessions that move data while some are revoked")
 	victims := flag.Int("victims", 20, "revocations")
 	inside := flag.Int("inside", 200, "sessions inside when the daemon is killed and frozen")
@@ -44,11 +44,11 @@ func main() {
 	flag.Parse()
 	debug.SetMemoryLimit(math.MaxInt64) // GOMEMLIMIT is for the daemon
 	bench.Main("bench-sessions", limit, func(ctx context.Context) error {
-		return measure(ctx, strings.Split(*only, ","), *many, *others, *victims, *inside, *results, *doc)
+		return measure(ctx, strings.Split(*only, ","), strings.Split(*many, ","), *others, *victims, *inside, *results, *doc)
 	})
 }
 
-func measure(ctx context.Context, parts []string, many, others, victims, inside int, results, doc string) error {
+func measure(ctx context.Context, parts, many []string, others, victims, inside int, results, doc string) error {
 	run, err := bench.Begin(ctx, "make bench-sessions")
 	if err != nil {
 		return err
@@ -60,7 +60,7 @@ func measure(ctx context.Context, parts []string, many, others, victims, inside 
 	}{
 		{"revoke", func() error { return revocations(ctx, r, others, victims) }},
 		{"crash", func() error { return crashes(ctx, r, inside) }},
-		{"scale", func() error { return scale(ctx, r, many) }},
+		{"scale", func() error { return scales(ctx, r, many) }},
 	} {
 		if !slices.Contains(parts, part.name) {
 			continue

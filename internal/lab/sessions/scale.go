@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -14,8 +15,28 @@ import (
 	"perimeterd/internal/lab/swarm"
 )
 
-// boundKB is what a session may take of the heap's bound, in which little is left for garbage.
-const boundKB = 64
+// boundKB is what a session may take of the heap's bound, in which little is left for garbage, and boundLeast, MB, what all is beside them.
+const (
+	boundKB    = 64
+	boundLeast = 32
+)
+
+// scales holds more and more sessions.
+func scales(ctx context.Context, out *report, many []string) error {
+	for _, text := range many {
+		n, err := strconv.Atoi(text)
+		if err != nil || n < 10 {
+			return fmt.Errorf("-many %q: want numbers of sessions, 10 at least", text)
+		}
+		if err := scale(ctx, out, n); err != nil {
+			return fmt.Errorf("%d sessions: %w", n, err)
+		}
+	}
+	return nil
+}
+
+// rest is how long it is watched what sessions cost that do nothing.
+const rest = 3 * time.Second
 
 // scale holds many sessions at once.
 func scale(ctx context.Context, out *report, many int) error {
@@ -66,6 +87,17 @@ func scale(ctx context.Context, out *report, many int) error {
 	out.row("daemon's resident memory: without sessions, with all, each", "%.0f MB, %.0f MB, %.1f KB", mega(r.idle.RSS), mega(full.RSS), float64(full.RSS-r.idle.RSS)/1000/float64(many))
 	out.Add(bench.Figure{What: "memory a session", Who: "perimeterd", Unit: "B", At: float64(many), Axis: "sessions", Values: []float64{float64(full.RSS-r.idle.RSS) / float64(many)}})
 	out.row("of it heap that the last collection left, stacks; goroutines, descriptors", "%.0f MB and %.0f MB; %.0f, %d", heap/1e6, stacks/1e6, goroutines, full.FDs)
+
+	if err := pause(ctx, rest); err != nil {
+		return err
+	}
+	later, err := r.daemon.Usage()
+	if err != nil {
+		return err
+	}
+	resting := (later.CPU - full.CPU).Seconds() / rest.Seconds()
+	out.row(fmt.Sprintf("CPU at rest, %v", rest), "%.1f %% of a core", resting*100)
+	out.Add(bench.Figure{What: "CPU at rest", Who: "perimeterd", Unit: "of a core", At: float64(many), Axis: "sessions", Values: []float64{resting}})
 
 	var list []time.Duration
 	for range 5 {
@@ -128,12 +160,13 @@ func scale(ctx context.Context, out *report, many int) error {
 	}
 	r.daemon.Wait()
 	// The start has a heap that is bounded as by the unit's MemoryMax.
-	bound := fmt.Sprintf("%dMiB", many*boundKB>>10)
+	bound := fmt.Sprintf("%dMiB", boundLeast+many*boundKB>>10)
 	if err := os.Setenv("GOMEMLIMIT", bound); err != nil {
 		return err
 	}
 	start = time.Now()
-	if err := r.daemon.Start(ctx); err != nil {
+	err = r.daemon.Start(ctx)
+	if err := errors.Join(err, os.Unsetenv("GOMEMLIMIT")); err != nil {
 		return err
 	}
 	ready := time.Now()
@@ -166,3 +199,12 @@ func scale(ctx context.Context, out *report, many int) error {
 }
 
 func mega(bytes int) float64 { return float64(bytes) / 1e6 }
+
+func pause(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
