@@ -27,7 +27,7 @@ DEMO_TOOLS := nft:nftables ip:iproute2 curl:curl nmap:nmap
 TEST_TOOLS := $(DEMO_TOOLS) gcc:gcc knock:knockd wg:wireguard-tools wireguard-go:wireguard-go setcap:libcap2-bin make-cadir:easy-rsa openssl:openssl strace:strace \
 	/lib/systemd/systemd-journal-remote:systemd-journal-remote jc:jc jq:jq systemd-analyze:systemd
 FULL_TOOLS := $(TEST_TOOLS) chromium:chromium certutil:libnss3-tools /usr/bin/aws:awscli node:nodejs npm:npm calamaris:calamaris radosgw:radosgw ceph-mon:ceph-mon ceph-osd:ceph-osd
-PEER_TOOLS := nft:nftables ip:iproute2 iptables:iptables ipset:ipset knockd:knockd fwknopd:fwknop-server fwknop:fwknop-client
+PEER_TOOLS := nft:nftables nmap:nmap ip:iproute2 iptables:iptables ipset:ipset knockd:knockd fwknopd:fwknop-server fwknop:fwknop-client
 DEB_TOOLS := dh:debhelper dpkg-buildpackage:dpkg-dev lintian:lintian systemd-analyze:systemd
 CONTAINER_TOOLS := nft:nftables ip:iproute2 curl:curl dh:debhelper dpkg-buildpackage:dpkg-dev systemd-nspawn:systemd-container mmdebstrap:mmdebstrap
 PROXY_TOOLS := $(DEMO_TOOLS) squid:squid tinyproxy:tinyproxy
@@ -38,7 +38,7 @@ VM_TOOLS := qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap depmod:kmod
 CLIENT := ./cmd/knock ./cmd/vpn ./vpn ./vpn/client ./knock
 UNIT := $(GO) list ./... | grep -v -e internal/lab/e2e -e internal/lab/container
 
-.PHONY: build cross demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-go bench-door bench-proxy bench-proxy-idle bench-sessions bench-client bench-limits bench-knock bench-connect bench-summary soak deb deb-versions test-container test-vm-packages clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools proxy-tools soak-tools connect-tools deb-tools container-tools
+.PHONY: build cross demo test lint unit e2e test-attacks test-full test-iam test-vm fuzz bench bench-go bench-door bench-proxy bench-proxy-idle bench-sessions bench-client bench-limits bench-knock bench-connect bench-loss bench-summary soak deb deb-versions test-container test-vm-packages clean demo-tools test-tools full-tools iam-tools vm-tools peer-tools proxy-tools soak-tools connect-tools deb-tools container-tools
 
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
@@ -158,6 +158,11 @@ bench-connect: connect-tools build
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/wireguard-go golang.zx2c4.com/wireguard
 	$(GO) build -o bin/lab-connect ./internal/lab/connect
 	bin/lab-connect
+
+# Each packet of `vpn up` lost once.
+bench-loss: connect-tools build
+	$(GO) build -o bin/lab-connect ./internal/lab/connect
+	bin/lab-connect -only loss
 
 soak: soak-tools build
 	$(GO) build -o bin/lab-soak ./internal/lab/soak

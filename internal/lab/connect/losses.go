@@ -32,7 +32,7 @@ func (r *report) losses(ctx context.Context, times int, only time.Duration) erro
 		return err
 	}
 	defer s.Close()
-	trips := append([]time.Duration{0}, roundTrips...)
+	trips := roundTrips
 	if only >= 0 {
 		trips = []time.Duration{only}
 	}

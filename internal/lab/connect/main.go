@@ -3,7 +3,8 @@
 // Command connect measures what a person waits for: from `vpn up` to a tunnel and to the first byte of an HTTPS page, with nothing
 // kept and with a session that stands, on links of several lengths, beside the stack that this replaces; the same with each packet
 // of the exchange lost once; how long a download stands still when UDP dies; and how fast the tunnel is beside wireguard-go's own
-// program and OpenVPN. `make bench-connect` runs it as root; it ends by itself and leaves nothing but its results.
+// program and OpenVPN. `make bench-connect` runs it as root, and `make bench-loss` for the losses; it ends by itself and leaves nothing
+// but its results.
 package main
 
 import (
@@ -30,13 +31,20 @@ func main() {
 	rounds := flag.Int("rounds", 3, "how often each transfer is measured, in turn")
 	losses := flag.Int("losses", 1, "how often each packet is lost")
 	span := flag.Duration("span", 1500*time.Millisecond, "how long each transfer is measured once it flows")
-	only := flag.String("only", "time,trips,loss,death,speed", "`PARTS` to measure; only all of them are written")
+	only := flag.String("only", "time,trips,death,speed", "`PARTS` to measure; written are all of these, and \"loss\", which is apart")
 	clients := flag.String("clients", "", "vpn `PROGRAMS` to set side by side in part trips, apart by commas; default: the one that is built")
-	trip := flag.Duration("trip", -1, "only this round trip in parts trips and loss; default: none, and those of part time")
-	results := flag.String("results", "bench/connect.json", "`FILE` for the raw numbers")
-	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose sections \"From a cold laptop\" and \"Connecting\" are written")
+	trip := flag.Duration("trip", -1, "only this round trip in parts trips and loss; default: those of part time")
+	results := flag.String("results", "", "`FILE` for the raw numbers; default: bench/connect.json, or bench/loss.json")
+	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose sections \"From a cold laptop\" and \"Connecting\", or \"Lost packets\", are written")
 	flag.Parse()
-	bench.Main("bench-connect", limit, func(ctx context.Context) error {
+	name := "bench-connect"
+	if *only == "loss" {
+		name = "bench-loss"
+	}
+	if *results == "" {
+		*results = strings.Replace(name, "-", "/", 1) + ".json"
+	}
+	bench.Main(name, limit, func(ctx context.Context) error {
 		return measure(ctx, *runs, *rounds, *losses, *span, strings.Split(*only, ","), *clients, *trip, *results, *doc)
 	})
 }
@@ -54,7 +62,11 @@ func measure(ctx context.Context, runs, rounds, losses int, span time.Duration, 
 			return fmt.Errorf("-only %q: want time, trips, loss, death, speed", part)
 		}
 	}
-	run, err := bench.Begin(ctx, "make bench-connect", "openvpn", "squid", "iptables", "ipset", "knockd", "curl")
+	what := "make bench-connect"
+	if len(parts) == 1 && parts[0] == "loss" {
+		what = "make bench-loss"
+	}
+	run, err := bench.Begin(ctx, what, "openvpn", "squid", "iptables", "ipset", "knockd", "curl")
 	if err != nil {
 		return err
 	}
@@ -73,12 +85,21 @@ func measure(ctx context.Context, runs, rounds, losses int, span time.Duration, 
 		}
 	}
 	r.End()
-	if len(parts) < len(all) {
+	var sections []string
+	switch {
+	case what == "make bench-loss" && trip < 0:
+		sections = []string{r.section("Lost packets", "What losses cost: each packet of `vpn up` lost once, cold and warm, as in \"From a cold laptop\".")}
+	case len(parts) == len(all)-1:
+		sections = []string{r.laptop(), r.section("Connecting", "UDP that dies under a download, and comes back.")}
+	default:
 		return nil
 	}
-	sections := []string{r.laptop(), r.section()}
 	fmt.Printf("\n%s", strings.Join(sections, "\n"))
-	return errors.Join(bench.Write(results, r.Run), bench.WriteSection(doc, sections[0]), bench.WriteSection(doc, sections[1]))
+	err = bench.Write(results, r.Run)
+	for _, text := range sections {
+		err = errors.Join(err, bench.WriteSection(doc, text))
+	}
+	return err
 }
 
 // report is what was measured, and in rows.
@@ -95,17 +116,9 @@ func (r *report) row(what, format string, a ...any) {
 	fmt.Printf("%s: %s\n", what, r.rows[len(r.rows)-1].value)
 }
 
-func (r *report) section() string {
+func (r *report) section(title, about string) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, `## Connecting
-
-%s
-
-What losses cost: each packet of `+"`vpn up`"+` lost once, cold and warm, as in "From a cold laptop"; and UDP that dies under a download.
-
-| | |
-|---|---|
-`, r.Origin())
+	fmt.Fprintf(&b, "## %s\n\n%s\n\n%s\n\n| | |\n|---|---|\n", title, r.Origin(), about)
 	for _, row := range r.rows {
 		fmt.Fprintf(&b, "| %s | %s |\n", row.what, row.value)
 	}

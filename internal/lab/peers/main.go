@@ -24,7 +24,7 @@ const limit = 8*time.Minute - 10*time.Second
 func main() {
 	runs := flag.Int("runs", 100, "how often each door is opened for the latency")
 	rounds := flag.Int("rounds", 2, "how often each door is flooded with each garbage")
-	only := flag.String("only", "latency,flood,refresh", "`PARTS` to measure; only all of them are written")
+	only := flag.String("only", "latency,scan,flood,refresh", "`PARTS` to measure; only all of them are written")
 	results := flag.String("results", "bench/door.json", "`FILE` for the raw numbers")
 	doc := flag.String("doc", "docs/benchmarks.md", "`FILE` whose section \"The door\" is written")
 	flag.Parse()
@@ -36,20 +36,20 @@ func main() {
 func measure(ctx context.Context, runs, rounds int, parts []string, resultsFile, docFile string) error {
 	for _, part := range parts {
 		switch part {
-		case "latency", "flood", "refresh":
+		case "latency", "scan", "flood", "refresh":
 		default:
-			return fmt.Errorf("-only %q: want latency, flood, refresh", part)
+			return fmt.Errorf("-only %q: want latency, scan, flood, refresh", part)
 		}
 	}
 	has := func(part string) bool { return slices.Contains(parts, part) }
-	run, err := bench.Begin(ctx, "make bench-door", "knockd", "fwknop-server", "fwknop-client", "iptables", "ipset", "nftables")
+	run, err := bench.Begin(ctx, "make bench-door", "knockd", "fwknop-server", "fwknop-client", "iptables", "ipset", "nftables", "nmap")
 	if err != nil {
 		return err
 	}
 	r := &results{Run: run}
 	fmt.Println(r.Machine())
-	if has("latency") || has("flood") {
-		if err := r.sideBySide(ctx, runs, rounds, has("latency"), has("flood")); err != nil {
+	if has("latency") || has("scan") || has("flood") {
+		if err := r.sideBySide(ctx, runs, rounds, has); err != nil {
 			return err
 		}
 	}
@@ -66,13 +66,13 @@ func measure(ctx context.Context, runs, rounds int, parts []string, resultsFile,
 		return err
 	}
 	fmt.Printf("\n%s", section)
-	if len(parts) < 3 {
+	if len(parts) < 4 {
 		return nil
 	}
 	return errors.Join(bench.Write(resultsFile, r), bench.WriteSection(docFile, section))
 }
 
-func (r *results) sideBySide(ctx context.Context, runs, rounds int, latency, flood bool) (err error) {
+func (r *results) sideBySide(ctx context.Context, runs, rounds int, has func(part string) bool) (err error) {
 	l, err := lab.New(ctx, lab.Options{})
 	if err != nil {
 		return err
@@ -95,7 +95,7 @@ func (r *results) sideBySide(ctx context.Context, runs, rounds int, latency, flo
 		return err
 	}
 	defer k.Close()
-	if latency {
+	if has("latency") {
 		fmt.Printf("\nlatency: %d runs of each, in turn\n", runs)
 		if r.Latency, err = measureLatency(ctx, l, doors, k, source, runs); err != nil {
 			return err
@@ -108,7 +108,13 @@ func (r *results) sideBySide(ctx context.Context, runs, rounds int, latency, flo
 			r.Add(f)
 		}
 	}
-	if flood {
+	if has("scan") {
+		fmt.Printf("\nport scans: %d of each, in turn\n", scans)
+		if err := r.scan(ctx, l, doors); err != nil {
+			return err
+		}
+	}
+	if has("flood") {
 		fmt.Printf("\nfloods: %d of each, in turn\n", rounds)
 		attacker, err := l.AddHost(ctx, "attacker")
 		if err != nil {

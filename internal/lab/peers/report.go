@@ -15,6 +15,7 @@ import (
 type results struct {
 	*bench.Run
 	Latency []*latency         `json:"latency,omitempty"`
+	Scans   []*scanned         `json:"scans,omitempty"`
 	Idle    map[string]float64 `json:"idle_cpu,omitempty"` // of each daemon, of one core
 	Floods  []flooded          `json:"floods,omitempty"`
 	Refresh *refresh           `json:"refresh,omitempty"`
@@ -34,6 +35,9 @@ is Debian's, over nftables; the ipset script moves a source from set to set.
 `, window)
 	if r.Latency != nil {
 		r.latencySection(p)
+	}
+	if r.Scans != nil {
+		r.scanSection(p)
 	}
 	if r.Floods != nil {
 		r.floodSection(p)

@@ -215,9 +215,13 @@ The goal is %.0f KB and %d descriptors a tunnel.
 		if s.Before.Heap > 0 {
 			p(`
 Of %s's memory, heap that the last collection left and stacks: %.1f MB before, %.1f MB held (%.1f KB a tunnel), %.1f MB when all were closed. Go keeps the
-structures of goroutines and descriptors for the next ones, %.1f KB for each tunnel that there ever was at once. When as many were held and closed
-once more, %.1f MB were resident, of which heap and stacks %.1f MB.
-`, s.Proxy, mega(s.Before.Heap), mega(s.End.Heap), s.each(func(h held) int { return h.Heap }, s.End)/1024, mega(s.After.Heap), 2*keeps/1024.0, mega(s.Again.RSS), mega(s.Again.Heap))
+structures of goroutines and descriptors for the next ones, %.1f KB for each tunnel that there ever was at once.
+`, s.Proxy, mega(s.Before.Heap), mega(s.End.Heap), s.each(func(h held) int { return h.Heap }, s.End)/1024, mega(s.After.Heap), 2*keeps/1024.0)
+			if s.Again.RSS > 0 {
+				p("When as many were held and closed once more, %.1f MB were resident, of which heap and stacks %.1f MB.\n", mega(s.Again.RSS), mega(s.Again.Heap))
+			} else {
+				p("What goes back later is in `make bench-proxy-idle`.\n")
+			}
 		}
 		if s.Failed != "" || s.Tunnels < s.Asked {
 			p("\n%s held %d: %s.\n", s.Proxy, s.Tunnels, s.Failed)

@@ -17,7 +17,7 @@ import (
 )
 
 func main() {
-	rounds := flag.Int("rounds", 3, "how often each is measured, in turn")
+	rounds := flag.Int("rounds", 2, "how often each is measured, in turn")
 	span := flag.Duration("span", 3*time.Second, "how long each is measured once it flows")
 	only := flag.String("only", "", "measure only what has this `TEXT` in its name, and write nothing")
 	results := flag.String("results", "bench/client.json", "`FILE` for the raw numbers")
