@@ -28,7 +28,7 @@ const cloudName = "s3.us-east-1.amazonaws.com"
 
 func main() {
 	runs := flag.Int("runs", 3, "how often each way to connect is taken on each link")
-	rounds := flag.Int("rounds", 3, "how often each transfer is measured, in turn")
+	rounds := flag.Int("rounds", 4, "how often each transfer is measured, in turn")
 	losses := flag.Int("losses", 1, "how often each packet is lost")
 	span := flag.Duration("span", 1500*time.Millisecond, "how long each transfer is measured once it flows")
 	only := flag.String("only", "time,trips,death,speed", "`PARTS` to measure; written are all of these, and \"loss\", which is apart")
