@@ -29,7 +29,7 @@ type Ability struct {
 // left of it. What a missing ability keeps from being tried is not in the list.
 func CheckKernel(ctx context.Context, cfg Config) (list []Ability) {
 	if os.Geteuid() != 0 {
-		return []Ability{{Name: "kernel", Err: errors.New("not tried: that takes root: run it with sudo")}}
+		return []Ability{{Name: "its part", Err: errors.New("not tried: that takes root: run it with sudo")}}
 	}
 	alone(func() {
 		b := &bench{}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -26,7 +27,11 @@ import (
 // checkHost looks at what else is on this host. It changes nothing.
 func checkHost(ctx context.Context, c *configs.Config) (lines []line) {
 	_, err := control.NewClient(c.ControlSocket()).Status(ctx)
-	lines = append(lines, checkPorts(ctx, c, err == nil)...)
+	if errors.Is(err, fs.ErrPermission) {
+		lines = append(lines, line{"problem", "ports", "not tried: only root and operators are told whether the daemon runs, and has them: run it with sudo"})
+	} else {
+		lines = append(lines, checkPorts(ctx, c, err == nil)...)
+	}
 	text, err := checkNetwork(c)
 	lines = append(lines, found("tunnel.network", text, err))
 	text, err = checkBind(c.Proxy.Bind)

@@ -31,7 +31,7 @@ func newWhyCommand() *cobra.Command {
 		Use:   "why USER|SESSION|REFUSAL",
 		Short: "Explain refusals: a user's last ones, those of a session and its end, or one by its id",
 		Long: `Examples:
-  perimeterd why alice              how alice stands, and what she was refused last
+  perimeterd why alice              how alice stands, and what she was refused last, or failed
   perimeterd why 5f3a...            a session: when, from where, why it ended
   perimeterd why KIKGRA74PM         one refusal: the proxy's answer and the log name it so
 
@@ -277,8 +277,9 @@ func (y *why) user(name string) error {
 	}
 	var refused latest
 	var ended audit.Record
-	if err := audit.Backward(y.files, audit.Filter{User: name, Since: y.since, Kinds: append(refusals, audit.SessionEnded)}, func(r *audit.Record) {
+	if err := audit.Backward(y.files, audit.Filter{User: name, Since: y.since, Kinds: append(refusals, audit.SessionEnded, audit.Connection)}, func(r *audit.Record) {
 		switch {
+		case r.Kind == audit.Connection && (r.Dialed != "" || r.Reason == string(proxy.Allowed)): // it went well
 		case r.Kind != audit.SessionEnded:
 			refused.add(*r)
 		case r.Seq > ended.Seq:
@@ -294,10 +295,10 @@ func (y *why) user(name string) error {
 		y.say("  session %s: ended at %s: %s: %s", ended.Session, moment(ended.Time), ended.Reason, endSentence(ended.Reason))
 	}
 	if refused.count == 0 {
-		y.say("  nothing was refused since %s", moment(y.since))
+		y.say("  nothing was refused, and nothing failed, since %s", moment(y.since))
 		return nil
 	}
-	y.say("  refused last:")
+	y.say("  refused or failed last:")
 	y.list(&refused)
 	return nil
 }

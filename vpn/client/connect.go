@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -26,7 +28,7 @@ const (
 type visited struct {
 	mu      sync.Mutex
 	names   []string
-	changed chan struct{} // gets a word when there is another
+	changed chan struct{} // gets a word when there is another, or one less
 }
 
 func (o *visited) has(name string) bool {
@@ -48,17 +50,25 @@ func (o *visited) add(name string) {
 	o.names = slices.Insert(o.names, 0, name)
 	o.names = o.names[:min(len(o.names), maxVisited)]
 	if i < 0 {
-		select {
-		case o.changed <- struct{}{}:
-		default:
-		}
+		o.tell()
 	}
 }
 
 func (o *visited) remove(name string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.names = slices.DeleteFunc(o.names, func(n string) bool { return n == name })
+	if i := slices.Index(o.names, name); i >= 0 {
+		o.names = slices.Delete(o.names, i, i+1)
+		o.tell()
+	}
+}
+
+// tell is for who holds the lock.
+func (o *visited) tell() {
+	select {
+	case o.changed <- struct{}{}:
+	default:
+	}
 }
 
 // begin takes what was kept, and tells of changes from then on.
@@ -103,60 +113,54 @@ func (s *Local) connect(ctx context.Context, in *net.TCPConn, q *request) {
 		hello, speech = readHello(in, speech, min(roundTrip, helloPatience))
 		first = slices.Concat(first, hello)
 	}
-	fail := func(err error) {
-		if ahead {
-			known.remove(q.target)
-			lastWord(in, noWay)
-			return
-		}
-		s.fail(in, err)
-	}
 	dialing, cancel := context.WithTimeout(ctx, carryPatience)
 	out, err := s.spares.take(dialing, first)
 	cancel()
-	if err != nil {
-		fail(err)
+	switch {
+	case err != nil && ahead:
+		known.remove(q.target)
+		lastWord(in, noWay)
+		return
+	case err != nil:
+		s.fail(in, err)
 		return
 	}
 	defer out.Close()
 	defer context.AfterFunc(ctx, func() { cut(out) })()
 
 	judged, good := make(chan struct{}), false
+	var left atomic.Bool
 	var sending sync.WaitGroup
 	sending.Go(func() {
-		var err error
-		if len(speech) == 0 && !ahead {
-			speech = make([]byte, 2<<10)
-			var n int
-			n, err = in.Read(speech)
-			speech = speech[:n]
-		}
-		if len(speech) > 0 {
-			if _, no := out.Write(speech); no != nil {
-				err = no
+		switch err := forward(out, in, &speech, judged); {
+		case err == io.EOF:
+			endOneWay(out, in, nil)
+		case errors.Is(err, os.ErrDeadlineExceeded): // it was refused
+		case errors.As(err, new(takesNoMore)): // and may still say why
+			if <-judged; good {
+				endOneWay(out, in, err)
 			}
-		}
-		if !ahead {
-			<-judged
-			if good && isHandshake(speech) {
+		case err != nil:
+			left.Store(true)
+			cut(out)
+		case good || !ahead:
+			if good && isHello(speech) {
 				known.add(q.target)
 			}
-		}
-		if err == nil {
-			_, err = io.Copy(out, in)
-		} else if errors.Is(err, io.EOF) {
-			err = nil
-		}
-		if <-judged; good || !ahead {
-			endOneWay(out, in, err)
+			oneWay(out, in)
 		}
 	})
 	reply, err := readAnswer(out)
 	good = err == nil && bytes.HasPrefix(reply, []byte("HTTP/1.1 2"))
 	close(judged)
-	if ahead && !good {
+	switch {
+	case left.Load():
+		sending.Wait()
+		return
+	case ahead && !good:
 		known.remove(q.target)
 		in.SetReadDeadline(time.Unix(1, 0)) // ends the sending
+		out.SetWriteDeadline(time.Unix(1, 0))
 		sending.Wait()
 		s.log.Warn("the proxy refuses what it opened before", "destination", q.target, "answer", wording(out, reply, err))
 		alert := noWay
@@ -165,8 +169,7 @@ func (s *Local) connect(ctx context.Context, in *net.TCPConn, q *request) {
 		}
 		lastWord(in, alert)
 		return
-	}
-	if ahead {
+	case ahead:
 		known.add(q.target)
 		_, reply, _ = bytes.Cut(reply, []byte("\r\n\r\n"))
 	}
@@ -179,23 +182,52 @@ func (s *Local) connect(ctx context.Context, in *net.TCPConn, q *request) {
 	sending.Wait()
 }
 
-// isHandshake tells of a TLS record that is of a handshake (RFC 8446, 5.1).
-func isHandshake(b []byte) bool { return len(b) >= 5 && b[0] == 22 && b[1] == 3 }
+// takesNoMore is an error of the proxy's side.
+type takesNoMore struct{ error }
 
-// readHello reads a record of a handshake that is whole and comes in time; what else came is rest.
+// forward sends speech, and what comes, until the proxy has judged and something has come since. The first that comes is speech where there
+// was none. Errors: io.EOF, takesNoMore, or the client's.
+func forward(out net.Conn, in *net.TCPConn, speech *[]byte, judged <-chan struct{}) error {
+	if _, err := out.Write(*speech); err != nil {
+		return takesNoMore{err}
+	}
+	buf := make([]byte, 2<<10)
+	for {
+		n, err := in.Read(buf)
+		if len(*speech) == 0 {
+			*speech = slices.Clone(buf[:n])
+		}
+		if _, no := out.Write(buf[:n]); no != nil {
+			return takesNoMore{no}
+		}
+		if err != nil {
+			return err
+		}
+		select {
+		case <-judged:
+			return nil
+		default:
+		}
+	}
+}
+
+// isHello tells of a TLS record that begins with a ClientHello (RFC 8446, 4 and 5.1).
+func isHello(b []byte) bool { return len(b) >= 6 && b[0] == 22 && b[1] == 3 && b[5] == 1 }
+
+// readHello reads a record with a ClientHello that is whole and comes in time; what else came is rest.
 func readHello(in net.Conn, had []byte, patience time.Duration) (hello, rest []byte) {
 	in.SetReadDeadline(time.Now().Add(patience))
 	defer in.SetReadDeadline(time.Time{})
 	b := append(make([]byte, 0, max(maxHello, len(had))), had...)
 	for {
 		size := 0 // not known
-		if isHandshake(b) {
+		if isHello(b) {
 			size = 5 + int(binary.BigEndian.Uint16(b[3:]))
 		}
 		if size > 0 && len(b) >= size {
 			return b[:size:size], b[size:]
 		}
-		if len(b) >= 5 && size == 0 || size > cap(b) || len(b) == cap(b) {
+		if len(b) >= 6 && size == 0 || size > cap(b) || len(b) == cap(b) {
 			return nil, b
 		}
 		n, err := in.Read(b[len(b):cap(b)])
@@ -233,5 +265,5 @@ func wording(out net.Conn, reply []byte, err error) string {
 	more, _ := io.ReadAll(io.LimitReader(out, 4<<10))
 	status, _, _ := bytes.Cut(reply, []byte("\r\n"))
 	_, body, _ := bytes.Cut(append(reply, more...), []byte("\r\n\r\n"))
-	return plain(fmt.Sprintf("%s: %s", status, body))
+	return printable(fmt.Sprintf("%s: %s", status, body), 1000)
 }

@@ -227,3 +227,96 @@ func TestDestinationsOpenedAreFewAndTheLatest(t *testing.T) {
 		t.Error("the wrong one was removed")
 	}
 }
+
+// attacked is a connection of a local listener to a destination that is known, or not, and a proxy that says nothing by itself.
+func attacked(t *testing.T, known bool) *tunnelled {
+	s := &Local{keeper: &Keeper{}, log: slog.New(slog.DiscardHandler)}
+	s.keeper.tunnel, s.keeper.state = &Tunnel{roundTrip: time.Minute}, Up
+	if s.keeper.visited.begin(nil); known {
+		s.keeper.visited.add("s3.example:443")
+	}
+	dialed := make(chan *net.TCPConn, 1)
+	s.spares = &spares{closed: true, early: func() earliness { return never }, dial: func(context.Context, []byte) (net.Conn, error) {
+		near, far := pair(t)
+		dialed <- far
+		return near, nil
+	}}
+	client, in := pair(t)
+	q, err := parseRequest([]byte(connectHead), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &tunnelled{client: client, done: make(chan struct{})}
+	go func() { defer close(c.done); defer in.Close(); s.connect(t.Context(), in, q) }()
+	client.Write(hello(500))
+	c.proxy = <-dialed
+	if known {
+		expect(t, "ahead", client, string(established))
+	} else {
+		expect(t, "the hello", c.proxy, string(hello(500)))
+	}
+	return c
+}
+
+// over waits for a connection's goroutines.
+func (c *tunnelled) over(t *testing.T, what string) {
+	t.Helper()
+	select {
+	case <-c.done:
+	case <-time.After(20 * time.Second):
+		t.Errorf("%s: the connection is still held", what)
+	}
+}
+
+// A proxy that dials says nothing for long, and one behind a tunnel that broke never does.
+func TestClientThatLeavesBeforeTheAnswerIsNotWaitedFor(t *testing.T) {
+	for _, known := range []bool{false, true} {
+		c := attacked(t, known)
+		c.client.CloseWrite()
+		c.proxy.SetReadDeadline(time.Now().Add(20 * time.Second))
+		if _, err := io.ReadAll(c.proxy); err != nil {
+			t.Errorf("known %v: the client's end does not reach the proxy: %v", known, err)
+		}
+		io.WriteString(c.proxy, "HTTP/1.1 200 OK\r\n\r\nlate")
+		c.proxy.CloseWrite()
+		if got, err := io.ReadAll(c.client); err != nil || !bytes.HasSuffix(got, []byte("late")) {
+			t.Errorf("known %v: after its end the client got %q, %v", known, got, err)
+		}
+		c.over(t, fmt.Sprintf("known %v, ended", known))
+		c.close()
+
+		c = attacked(t, known)
+		cut(c.client)
+		c.over(t, fmt.Sprintf("known %v, reset", known))
+		c.close()
+	}
+}
+
+func TestRefusalEndsAClientWhoseProxyReadsNoMore(t *testing.T) {
+	c := attacked(t, true)
+	defer c.close()
+	sent := make(chan struct{})
+	go func() {
+		defer close(sent)
+		c.client.SetWriteDeadline(time.Now().Add(500 * time.Millisecond)) // until nothing goes any further
+		io.Copy(c.client, neverending{})
+	}()
+	<-sent
+	io.WriteString(c.proxy, "HTTP/1.1 403 Forbidden\r\n\r\n")
+	c.client.SetReadDeadline(time.Now().Add(20 * time.Second))
+	expect(t, "refused", c.client, string(accessDenied))
+	c.over(t, "refused")
+}
+
+type neverending struct{}
+
+func (neverending) Read(b []byte) (int, error) { return len(b), nil }
+
+func TestAnswerInPiecesIsOne(t *testing.T) {
+	c := attacked(t, true)
+	defer c.close()
+	for _, b := range []byte("HTTP/1.1 200 OK\r\nA: b\r\n\r\nserver") {
+		c.proxy.Write([]byte{b})
+	}
+	expect(t, "what follows", c.client, "server")
+}

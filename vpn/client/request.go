@@ -237,14 +237,16 @@ func apiError(resp *http.Response, text []byte) error {
 }
 
 // plain is what a gate says as a terminal may show it.
-func plain(s string) string {
+func plain(s string) string { return printable(s, 300) }
+
+func printable(s string, most int) string {
 	s = strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) {
 			return r
 		}
 		return ' '
 	}, s)
-	return fmt.Sprintf("%.300s", s)
+	return fmt.Sprintf("%.*s", most, s)
 }
 
 // checkReply refuses what would bend routes or lengths, although it comes from the authenticated gate.

@@ -93,6 +93,9 @@ func demo(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := l.Bastion.Sysctl("net.ipv4.tcp_fastopen", "3"); err != nil { // as the package does
+		return err
+	}
 	daemon, err := l.NewDaemon(ctx)
 	if err != nil {
 		return err
@@ -140,7 +143,7 @@ func demo(ctx context.Context) error {
 	s.proved("one datagram opened the port for %v alone; TLS 1.3 took the certificate; WireGuard's handshake rode inside", l.Client.Addr)
 
 	s.title("3. An HTTPS page through the proxy, with plain curl")
-	const typed = "https_proxy=http://10.77.0.1:3128 curl https://" + site + "/"
+	const typed = "https_proxy=http://127.0.0.1:3128 curl https://" + site + "/"
 	fetch := curl(ctx, alice, cloud, "https://"+site+"/")
 	if out, _, err = s.show(typed, fetch); err != nil {
 		return err
@@ -161,7 +164,7 @@ func demo(ctx context.Context) error {
 		return fmt.Errorf("%w: %s", err, out)
 	}
 	outside := stranger.Command(ctx, "curl", "-sS", "--max-time", "2", "-x", "http://10.77.0.1:3128", "https://"+site+"/")
-	if _, _, err = s.show(strings.Replace(typed, "curl", "curl --max-time 2", 1)+"          (a stranger who routes to the proxy)", outside); err == nil {
+	if _, _, err = s.show("curl --max-time 2 -x http://10.77.0.1:3128 https://"+site+"/          (a stranger who routes to the proxy)", outside); err == nil {
 		return errors.New("the stranger was let through")
 	}
 	out, _, err = s.show(fmt.Sprintf("nmap -Pn -n -p 1194 %v          (a stranger, while alice's window is open)", l.Bastion.Addr),
@@ -199,7 +202,7 @@ func demo(ctx context.Context) error {
 
 func curl(ctx context.Context, u *lab.User, cloud *lab.CloudHost, args ...string) *lab.Cmd {
 	c := u.Command(ctx, "curl", append([]string{"-sS", "--cacert", cloud.CAFile}, args...)...)
-	c.Env = append(c.Env, "https_proxy=http://10.77.0.1:3128")
+	c.Env = append(c.Env, "https_proxy=http://127.0.0.1:3128") // as `vpn env` says
 	return c
 }
 
@@ -237,8 +240,8 @@ func timeline(s *stage, alice *lab.User, cloud *lab.CloudHost, knocked time.Dura
 	}
 	at := func(sec float64) time.Duration { return tunnel + time.Duration(sec*float64(time.Second)) }
 	row("vpn up returned", tunnel)
-	row("curl: TCP to the proxy", at(connect))
-	row("curl: CONNECT, then TLS with the cloud host: two round trips", at(tls))
+	row("curl: TCP to the client's listener", at(connect))
+	row("curl: CONNECT with the connection to the proxy, then TLS with the cloud host: two round trips", at(tls))
 	row("curl: GET, first byte of the page", at(first))
 	fmt.Printf("\n  %sfrom nothing to the first HTTPS byte: %d ms, %.1f round trips%s (each ▪ is a quarter of one; `knock` alone took %d ms)\n",
 		s.bold, total.Milliseconds(), float64(at(first))/float64(2*delay), s.off, knocked.Milliseconds())

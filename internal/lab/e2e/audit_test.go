@@ -146,8 +146,12 @@ func TestDaysLifeIsInTheAuditAndNoChangeOfItGoesUnseen(t *testing.T) {
 	s.explains("alice", `(?m)^alice: active, in operators
   device default: good until 20[-0-9: ]+
   session `+began.Session+`: inside since 20[-0-9: ]+, from `+regexp.QuoteMeta(source)+`, with the tunnel address 10\.77\.[0-9.]+
-  refused last:
+  refused or failed last:
     20[-0-9: ]+  [A-Z2-7]{10}  at the proxy, GET evil\.example\.com:80 was refused: no-rule
+`)
+	s.fails(s.curl("https://nosuch.amazonaws.com/"))
+	s.explains("alice", `(?m)refused or failed last:
+    20[-0-9: ]+  [A-Z2-7]{10}  at the proxy, CONNECT nosuch\.amazonaws\.com:443 was allowed \(proxy\.rule 2\), and failed: dns-not-found
 `)
 	for destination, want := range map[string]string{
 		cloudName + ":443":             "^alice \\(in operators\\) to s3\\.us-east-1\\.amazonaws\\.com:443, as a tunnel: allowed: allowed\nproxy.rule 2: allow = \\[@aws\\], ports = \\[443\\], groups = \\[\\*\\], tls = true\n",
@@ -185,7 +189,7 @@ func TestDaysLifeIsInTheAuditAndNoChangeOfItGoesUnseen(t *testing.T) {
   device default: revoked at 20[-0-9: ]+
   the daemon is not running: nobody new comes in
   session [0-9a-f]{32}: ended at 20[-0-9: ]+: revoked: the user, the device or the certificate was revoked, or is not let in any more
-  refused last:
+  refused or failed last:
     20[-0-9: ]+  [A-Z2-7]{10}  at the gate, the certificate was refused: revoked
  {37}the user was revoked: ask the operator
 `)

@@ -500,7 +500,6 @@ func TestTheMigrationGuideIsRight(t *testing.T) {
 	for _, file := range []string{"ca.crt", "issued/alice.crt", "private/alice.key"} {
 		s.write(filepath.Join(laptop, filepath.Base(file)), string(s.read(s.ca.Path(file))))
 	}
-	s.write(filepath.Join(laptop, "wg.key"), s.ok(s.Client.Command(s.ctx, "wg", "genkey")))
 
 	bin, err := lab.Bin("perimeterd")
 	if err != nil {

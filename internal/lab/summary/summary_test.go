@@ -15,6 +15,7 @@ func TestValuesHaveUnitsThatSuitThem(t *testing.T) {
 	for want, got := range map[string]string{
 		"99 µs": human(99e-6, "s"), "32.2 ms": human(0.0322, "s"), "1.11 s": human(1.11, "s"), "6 KB": human(6000, "B"),
 		"1.9 Gb/s": human(237.5e6, "B/s"), "1803 1/s": human(1803, "1/s"), "0.25 CPU-s/GB": human(0.25, "CPU-s/GB"),
+		"2": human(2, "1"), "33.3 %": human(1.0/3, "of a scan"),
 	} {
 		if got != want {
 			t.Errorf("%q, want %q", got, want)
