@@ -208,7 +208,7 @@ func (f *flow) pump() error {
 			continue
 		}
 		began := time.Now()
-		if src.window == 0 {
+		if src.window == 0 && f == &f.tunnel.down { // an origin is near, and at once far ahead
 			src.bound(0, 0)
 		}
 		if err := src.conn.SetReadDeadline(began.Add(splicePatience)); err != nil {
@@ -221,7 +221,9 @@ func (f *flow) pump() error {
 		w, err := dst.ReadFrom(&io.LimitedReader{R: src.conn, N: splicePiece})
 		f.moved.Add(w)
 		f.splicing.Store(false)
-		src.bound(w, time.Since(began))
+		if took := time.Since(began); src.window != 0 || src.lags(w, took) {
+			src.bound(w, took)
+		}
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			// The deadline is met only where the pipe is empty, so nothing is lost.
 			if err = nil; w < spliceWorth {

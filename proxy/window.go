@@ -9,6 +9,7 @@ import (
 const (
 	windowRate   = 125e6 // bytes a second that one connection may always come with
 	windowQueued = 32    // of a second, so long a queue its reader may have
+	windowLate   = 16    // of a second, so long a queue its reader may have that was never bound
 	windowLeast  = 512 << 10
 	windowMost   = 6 << 20 // bytes
 )
@@ -22,7 +23,7 @@ func window(roundTrip time.Duration, rate float64) int {
 }
 
 // bound sets the window for what was moved in so long a time. What the kernel counts beside the bytes gets as much room once more
-// (socket(7), SO_RCVBUF).
+// (socket(7), SO_RCVBUF). The kernel then leaves the clamp alone as well, where it was: it would stay as small as it began.
 func (s *source) bound(moved int64, took time.Duration) {
 	s.raw.Control(func(fd uintptr) {
 		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
@@ -33,8 +34,15 @@ func (s *source) bound(moved int64, took time.Duration) {
 		if w <= 2*s.window && 2*w >= s.window {
 			return
 		}
-		if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, w) == nil {
+		if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, w) == nil && unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_WINDOW_CLAMP, w) == nil {
 			s.window = w
 		}
 	})
+}
+
+// lags says whether more has come than is read in some time. Who keeps up is left alone: through a tunnel a wide window makes large segments.
+func (s *source) lags(moved int64, took time.Duration) bool {
+	queued := 0
+	s.raw.Control(func(fd uintptr) { queued, _ = unix.IoctlGetInt(int(fd), unix.SIOCINQ) })
+	return queued > windowLeast && float64(queued)*windowLate > float64(moved)/max(took.Seconds(), 1e-6)
 }
