@@ -109,6 +109,6 @@ func section(runs map[string]bench.Run, figures []bench.Figure) string {
 		from = append(from, fmt.Sprintf("%s: %s, %.0f s, load %.2f before", name, r.Date.Format("2006-01-02 15:04"), r.Took, r.Load))
 	}
 	slices.Sort(from)
-	fmt.Fprintf(&b, "\nRuns: %s.\n", strings.Join(from, "; "))
+	fmt.Fprintf(&b, "\nWhat was missed, and why: \"Where goals are missed\". Runs: %s.\n", strings.Join(from, "; "))
 	return b.String()
 }
