@@ -299,6 +299,7 @@ func TestDoctorLooksThroughTheTunnel(t *testing.T) {
 		s.diagnosed(what, r, append(codes, client.CodeTokens+"?")...)
 	}
 	s.ok(s.alice.VPN(s.ctx, "up"))
+	s.awaitTransport("udp") // a busy machine may take the stream's packets first, and then for some seconds all
 	before := s.status(s.alice)
 	diagnosed("healthy, tunnel up", s.doctor(s.alice, nil, cloudName))
 	if after := s.status(s.alice); after.Session != before.Session || strings.Count(s.perimeterd("sessions"), "alice") != 1 {
