@@ -123,7 +123,7 @@ const earlyQueue = 1024
 // one else's, since WireGuard has done that: no other way leads to this listener (see hearOnly) but from this host itself, whose kernel
 // lets nobody without privilege send from another's address; and the tunnel refuses copies of a packet. A client's own kernel may
 // repeat a SYN, which finds the connection that it made; only if that is gone already, and no answer got through, is the request served
-// twice. Our client so sends a CONNECT and nothing else. The kernel takes part where net.ipv4.tcp_fastopen has bit 2; else requests come
+// twice. Our client so sends a CONNECT, with a ClientHello behind it at most. The kernel takes part where net.ipv4.tcp_fastopen has bit 2; else requests come
 // a round trip later, as they do in the place of those beyond earlyQueue.
 func inherit(fd int) error {
 	seconds := func(d time.Duration) int { return int(d / time.Second) }

@@ -16,76 +16,10 @@ import (
 )
 
 const (
-	// maxVisited bounds how many destinations are remembered, and maxVisitedName how long each is: a name of the DNS and a port.
-	maxVisited     = 32
-	maxVisitedName = 253 + len(":65535")
 	// helloPatience is the longest that a client may take to greet the server once it was answered ahead. It is less where the way is short.
 	helloPatience = 200 * time.Millisecond
 	maxHello      = 4 << 10 // a ClientHello's record, bytes, that travels with the CONNECT
 )
-
-// visited are destinations, as clients write them, to which the proxy has opened a tunnel whose client greeted a TLS server, the latest first.
-type visited struct {
-	mu      sync.Mutex
-	names   []string
-	changed chan struct{} // gets a word when there is another, or one less
-}
-
-func (o *visited) has(name string) bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return slices.Contains(o.names, name)
-}
-
-func (o *visited) add(name string) {
-	if len(name) > maxVisitedName {
-		return
-	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	i := slices.Index(o.names, name)
-	if i >= 0 {
-		o.names = slices.Delete(o.names, i, i+1)
-	}
-	o.names = slices.Insert(o.names, 0, name)
-	o.names = o.names[:min(len(o.names), maxVisited)]
-	if i < 0 {
-		o.tell()
-	}
-}
-
-func (o *visited) remove(name string) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if i := slices.Index(o.names, name); i >= 0 {
-		o.names = slices.Delete(o.names, i, i+1)
-		o.tell()
-	}
-}
-
-// tell is for who holds the lock.
-func (o *visited) tell() {
-	select {
-	case o.changed <- struct{}{}:
-	default:
-	}
-}
-
-// begin takes what was kept, and tells of changes from then on.
-func (o *visited) begin(names []string) {
-	for _, name := range slices.Backward(names) {
-		o.add(name)
-	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.changed = make(chan struct{}, 1)
-}
-
-func (o *visited) list() []string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return slices.Clone(o.names)
-}
 
 // Answers in the proxy's place, to a client that greets a TLS server: the way is open, and it is closed after all (RFC 8446, 6).
 var (
@@ -150,7 +84,7 @@ func (s *Local) connect(ctx context.Context, in *net.TCPConn, q *request) {
 			oneWay(out, in)
 		}
 	})
-	reply, err := readAnswer(out)
+	reply, end, err := readHead(out)
 	good = err == nil && bytes.HasPrefix(reply, []byte("HTTP/1.1 2"))
 	close(judged)
 	switch {
@@ -171,7 +105,7 @@ func (s *Local) connect(ctx context.Context, in *net.TCPConn, q *request) {
 		return
 	case ahead:
 		known.add(q.target)
-		_, reply, _ = bytes.Cut(reply, []byte("\r\n\r\n"))
+		reply = reply[end:]
 	}
 	_, failed := in.Write(reply)
 	if failed != nil || err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, errHeadLarge) {
@@ -234,25 +168,6 @@ func readHello(in net.Conn, had []byte, patience time.Duration) (hello, rest []b
 		if b = b[:len(b)+n]; err != nil {
 			return nil, b // and who reads on gets it as well, unless it was late
 		}
-	}
-}
-
-// readAnswer reads the head of an answer, and what came with it.
-func readAnswer(r io.Reader) ([]byte, error) {
-	b := make([]byte, 0, 4<<10)
-	for {
-		n, err := r.Read(b[len(b):cap(b)])
-		seen := max(len(b)-3, 0)
-		b = b[:len(b)+n]
-		switch {
-		case bytes.Contains(b[seen:], []byte("\r\n\r\n")):
-			return b, nil
-		case err != nil:
-			return b, err
-		case len(b) > maxHead:
-			return b, errHeadLarge
-		}
-		b = slices.Grow(b, 1)
 	}
 }
 

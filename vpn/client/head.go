@@ -22,27 +22,35 @@ type request struct {
 	head, rest           []byte // the head without Proxy-Authorization; what came behind it
 }
 
-// readRequest reads a head and parses it. What it has one meaning for the proxy has the same here, or is refused.
-func readRequest(r io.Reader) (*request, error) {
-	buf := make([]byte, 0, 4<<10)
+// readHead reads until a head ends, and returns what came and how much of it the head is.
+func readHead(r io.Reader) (b []byte, end int, err error) {
+	b = make([]byte, 0, 4<<10)
 	for {
-		if len(buf) == cap(buf) {
-			buf = append(buf, make([]byte, min(len(buf), maxHead+1-len(buf)))...)[:len(buf)]
+		if len(b) == cap(b) {
+			b = append(b, make([]byte, min(len(b), maxHead+1-len(b)))...)[:len(b)]
 		}
-		n, err := r.Read(buf[len(buf):cap(buf)])
-		seen := max(len(buf)-3, 0)
-		buf = buf[:len(buf)+n]
-		if i := bytes.Index(buf[seen:], []byte("\r\n\r\n")); i >= 0 {
-			end := seen + i + 4
-			return parseRequest(buf[:end], buf[end:])
+		n, err := r.Read(b[len(b):cap(b)])
+		seen := max(len(b)-3, 0)
+		b = b[:len(b)+n]
+		if i := bytes.Index(b[seen:], []byte("\r\n\r\n")); i >= 0 {
+			return b, seen + i + 4, nil
 		}
-		if len(buf) > maxHead {
-			return nil, errHeadLarge
+		if len(b) > maxHead {
+			return b, 0, errHeadLarge
 		}
 		if err != nil {
-			return nil, err
+			return b, 0, err
 		}
 	}
+}
+
+// readRequest reads a head and parses it. What it has one meaning for the proxy has the same here, or is refused.
+func readRequest(r io.Reader) (*request, error) {
+	b, end, err := readHead(r)
+	if err != nil {
+		return nil, err
+	}
+	return parseRequest(b[:end], b[end:])
 }
 
 // badRequest is a head that is refused.

@@ -36,16 +36,15 @@ func (r *results) exact(ctx context.Context, room *room, o options) error {
 		if err != nil {
 			return err
 		}
-		if live, err := m.Value(console.ProxyConnections); err != nil || live == 0 {
-			if err != nil {
-				return err
-			}
+		live, err := m.Value(console.ProxyConnections)
+		if err != nil {
+			return err
+		}
+		if live == 0 {
 			break
 		}
-		select {
-		case <-time.After(50 * time.Millisecond):
-		case <-ctx.Done():
-			return ctx.Err()
+		if err := sleep(ctx, 50*time.Millisecond); err != nil {
+			return err
 		}
 	}
 	downBefore, upBefore, err := room.metered(ctx)

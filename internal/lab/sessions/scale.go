@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"perimeterd/internal/lab/bench"
+	"perimeterd/internal/lab/bulk"
 	"perimeterd/internal/lab/swarm"
 )
 
@@ -88,7 +89,7 @@ func scale(ctx context.Context, out *report, many int) error {
 	out.Add(bench.Figure{What: "memory a session", Who: "perimeterd", Unit: "B", At: float64(many), Axis: "sessions", Values: []float64{float64(full.RSS-r.idle.RSS) / float64(many)}})
 	out.row("of it heap that the last collection left, stacks; goroutines, descriptors", "%.0f MB and %.0f MB; %.0f, %d", heap/1e6, stacks/1e6, goroutines, full.FDs)
 
-	if err := pause(ctx, rest); err != nil {
+	if err := bulk.Wait(ctx, rest); err != nil {
 		return err
 	}
 	later, err := r.daemon.Usage()
@@ -199,12 +200,3 @@ func scale(ctx context.Context, out *report, many int) error {
 }
 
 func mega(bytes int) float64 { return float64(bytes) / 1e6 }
-
-func pause(ctx context.Context, d time.Duration) error {
-	select {
-	case <-time.After(d):
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
